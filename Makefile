@@ -1,0 +1,77 @@
+# `make demo` and `make test` each do all the set-up they need; `make help` lists the rest.
+
+# The active virtual or conda environment, otherwise .venv. conda's base environment is left alone.
+ENVIRONMENT := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
+setup := sh tools/setup_environment.sh "$(ENVIRONMENT)"
+run := . build/environment.sh && python
+
+cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
+
+help:
+	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
+	@echo "make test        run the tests (ARGS='-k word' is passed to pytest)"
+	@echo "make build       build the extension in place"
+	@echo "make bench       time nllx against torch (ARGS is passed on)"
+	@echo "make lint        clang-format, ruff and mypy"
+	@echo "make format      let clang-format and ruff rewrite the sources"
+	@echo "make cuda-check  without a GPU: build for CUDA, check registers and spills, run the kernels' logic on the CPU"
+	@echo "make gpu-check   with a GPU: build, tests, compute-sanitizer, benchmarks; installs nothing"
+	@echo "make clean       remove what was built; environments stay"
+
+demo: build
+	@$(setup) dev demo
+	@$(run) -m demo $(ARGS)
+
+test: build
+	@$(run) -m pytest tests $(ARGS)
+
+bench: build
+	@$(run) -m benchmarks --quick $(ARGS)
+
+build: build/extension.stamp
+
+# Runs every time and takes a fraction of a second; the file changes only when the extension must be rebuilt.
+build/environment.sh: FORCE
+	@$(setup) dev
+
+# ninja knows which objects are out of date; --force leaves the decision to it. The stamp's time is that of the start, so
+# that a file saved during the build is seen by the next one.
+build/extension.stamp: build/environment.sh setup.py pyproject.toml $(shell find csrc -type f) $(if $(wildcard nllx/_C.*.so),,FORCE)
+	@echo "Building the extension"
+	@touch $@.started
+	@$(run) setup.py --quiet build_ext --inplace --force
+	@mv $@.started $@
+
+lint: lint-cpp lint-python lint-types
+
+lint-environment:
+	@$(setup) dev lint
+
+lint-cpp: lint-environment
+	@. build/environment.sh && clang-format --dry-run -Werror $(cpp_sources)
+
+lint-python: lint-environment
+	@$(run) -m ruff check .
+	@$(run) -m ruff format --check .
+
+lint-types: lint-environment
+	@$(run) -m mypy
+
+format: lint-environment
+	@. build/environment.sh && clang-format -i $(cpp_sources)
+	@$(run) -m ruff check --fix .
+	@$(run) -m ruff format .
+
+cuda-check: build
+	@bash tools/cuda_check.sh build kernels on-cpu
+
+gpu-check:
+	bash tools/gpu_check.sh
+
+clean:
+	rm -rf build dist *.egg-info nllx/_C.*.so
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+FORCE:

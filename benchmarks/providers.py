@@ -1,0 +1,94 @@
+"""Who is timed. One entry of ``PROVIDERS`` each; nothing else in this folder knows their names but ``BASELINE``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .shapes import Inputs
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What is timed and checked for one case.
+
+    ``forward()`` returns the output and keeps nothing for a backward. ``forward_backward()`` returns the output and the
+    gradient of the logits, which it allocates anew each time. Both return torch tensors on the case's device and, on
+    CUDA, give all their work to the current stream.
+    """
+
+    forward: Callable[[], Tensor]
+    forward_backward: Callable[[], tuple[Tensor, Tensor]]
+
+
+def bind(function: Function, inputs: Inputs) -> Calls:
+    """Calls of a function with torch's signature that takes part in torch's autograd."""
+    leaf = inputs.logits.detach().requires_grad_()
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return function(inputs.logits, *inputs.args, **inputs.options)
+
+    def forward_backward() -> tuple[Tensor, Tensor]:
+        leaf.grad = None
+        output = function(leaf, *inputs.args, **inputs.options)
+        output.backward(inputs.grad_output)
+        assert leaf.grad is not None
+        return output, leaf.grad
+
+    return Calls(forward, forward_backward)
+
+
+def bind_compiled(function: Function, inputs: Inputs) -> Calls:
+    """Calls of ``function`` under ``torch.compile``, default mode, one whole graph, static shapes."""
+    torch.compiler.reset()  # a case that is compiled as the ninth of one function would hit the recompilation limit
+
+    def call(logits: Tensor, *args: Tensor, **options: Any) -> Tensor:
+        return function(logits, *args, **options)
+
+    return bind(torch.compile(call, fullgraph=True, dynamic=False), inputs)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A source of implementations.
+
+    ``load(device)`` returns a function for each op that it has, by the name in ``Case.op``; it raises, with the reason
+    as the message, where the provider is not to be had. ``bind(function, inputs)`` makes the calls of one case; a
+    provider outside torch brings its own. It and the calls may raise where they do not support the case: that is
+    reported.
+    """
+
+    name: str
+    load: Callable[[torch.device], Mapping[str, Function]]
+    bind: Callable[[Function, Inputs], Calls] = bind
+
+
+def _nllx(device: torch.device) -> Mapping[str, Function]:
+    from nllx import functional
+
+    return {
+        "cross_entropy": functional.cross_entropy,
+        "nll_loss": functional.nll_loss,
+        "log_softmax": functional.log_softmax,
+    }
+
+
+def torch_functions(device: torch.device) -> Mapping[str, Function]:
+    return {"cross_entropy": F.cross_entropy, "nll_loss": F.nll_loss, "log_softmax": F.log_softmax}
+
+
+BASELINE = "nllx"  # the table's ratios are to this one
+
+PROVIDERS: list[Provider] = [
+    Provider(BASELINE, _nllx),
+    Provider("torch", torch_functions),
+    Provider("torch.compile", torch_functions, bind=bind_compiled),
+]

@@ -1,0 +1,97 @@
+"""Tables of a record, in aligned text or Markdown: ``python -m benchmarks.report FILE.json``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from .providers import BASELINE
+from .record import Absence, Record, Row, load
+
+
+def _time(seconds: float) -> str:
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * scale:#.3g}".rstrip(".") + f" {unit}"
+
+
+def _ratio(row: Row) -> str:
+    if row["provider"] == BASELINE:
+        return "1"
+    return f"{row['ratio'][BASELINE]['median']:.2f}" if BASELINE in row["ratio"] else "-"
+
+
+# Title, width (negative: left-aligned) and text of a column.
+COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+    ("case", -36, lambda row: row["case"]),
+    ("dtype", -8, lambda row: row["dtype"]),
+    ("mode", -16, lambda row: row["mode"]),
+    ("provider", -14, lambda row: row["provider"]),
+    ("time", 8, lambda row: _time(row["seconds"]["median"])),
+    ("quartiles", 19, lambda row: f"{_time(row['seconds']['q1'])}–{_time(row['seconds']['q3'])}"),
+    (f"× {BASELINE}", 7, _ratio),
+    ("GB/s", 7, lambda row: f"{row['gb_per_s']:.3g}"),
+    ("share", 6, lambda row: f"{100 * row['share']:.2g}%" if row["share"] < 1 else f"{row['share']:.0%}"),
+    ("error", 8, lambda row: f"{max(row['error'].values()):.1e}"),
+]
+
+
+def _line(cells: list[str], markdown: bool) -> str:
+    if markdown:
+        return "| " + " | ".join(cells) + " |"
+    padded = [
+        cell.ljust(-width) if width < 0 else cell.rjust(width)
+        for cell, (_, width, _) in zip(cells, COLUMNS, strict=True)
+    ]
+    return " ".join(padded).rstrip()
+
+
+def header(markdown: bool = False) -> str:
+    titles = _line([title for title, _, _ in COLUMNS], markdown)
+    if not markdown:
+        return titles
+    return titles + "\n" + _line(["---" if width < 0 else "---:" for _, width, _ in COLUMNS], markdown)
+
+
+def line(row: Row, markdown: bool = False) -> str:
+    return _line([text(row) for _, _, text in COLUMNS], markdown)
+
+
+def absence_line(absence: Absence) -> str:
+    where = f" on {absence['case']} {absence['dtype']}" if absence["case"] else ""
+    return f"{absence['provider']} not timed{where}, {absence['kind']}: {absence['reason']}"
+
+
+def preamble(record: Record) -> str:
+    """Machine, versions and memory speed in a few lines."""
+    environment = record["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    commit = (environment["commit"] or "no commit")[:12] + (" and changes" if environment["modified"] else "")
+    machine = f"{environment['cpu']}, {environment['cpu_capability']}, {environment['threads']} threads"
+    if "device_name" in environment:
+        machine = f"{environment['device_name']}, sm_{''.join(map(str, environment['device_capability']))}; {machine}"
+    speeds = ", ".join(
+        f"{name} {speed['median'] / 1e9:.4g} ({speed['q1'] / 1e9:.4g}–{speed['q3'] / 1e9:.4g})"
+        for name, speed in record["memory"].items()
+    )
+    return f"{environment['date']}, {commit}\n{machine}\n{versions}\nmemory, GB/s: {speeds}\n"
+
+
+def table(record: Record, markdown: bool = False) -> str:
+    """The whole record as text."""
+    lines = [preamble(record), header(markdown), *(line(row, markdown) for row in record["rows"])]
+    if record["absences"]:
+        lines += ["", *(("- " if markdown else "") + absence_line(absence) for absence in record["absences"])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("record", type=Path, metavar="FILE.json")
+    parser.add_argument("--markdown", action="store_true", help="a Markdown table")
+    arguments = parser.parse_args()
+    print(table(load(arguments.record), arguments.markdown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The named cases that are timed, and the inputs that are made for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Op = Literal["cross_entropy", "nll_loss", "log_softmax"]
+
+# What segmentation data sets (PASCAL VOC, Cityscapes, ADE20K) write where a pixel has no label.
+UNLABELLED = 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timed problem. The class dimension is 1, the reduction is the mean.
+
+    ``ignored`` is the share of targets equal to ``UNLABELLED``, which is then the ``ignore_index``.
+    """
+
+    name: str
+    origin: str
+    shape: tuple[int, ...]
+    op: Op = "cross_entropy"
+    probabilities: bool = False
+    weight: bool = False
+    ignored: float = 0.0
+    label_smoothing: float = 0.0
+    channels_last: bool = False
+    quick: bool = False
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def classes(self) -> int:
+        return self.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Number of positions that are classified."""
+        return self.elements // self.classes
+
+
+def _planes(name: str, origin: str, shape: tuple[int, ...], quick: bool = False) -> list[Case]:
+    contiguous = Case(name, origin, shape, weight=True, ignored=0.05, quick=quick)
+    return [
+        contiguous,
+        replace(contiguous, name=f"{name}-channels-last", origin=f"{origin}, channels-last", channels_last=True),
+    ]
+
+
+CASES: list[Case] = [
+    Case("lm-2048x32000", "one sequence of 2048 tokens, Llama 2 vocabulary", (2048, 32000)),
+    Case("lm-512x128256", "512 tokens, Llama 3 vocabulary", (512, 128256)),
+    Case("lm-1024x50257", "GPT-2's context and vocabulary; odd rows start unaligned", (1024, 50257), quick=True),
+    Case("imagenet-256x1000", "ImageNet-1k, the usual batch; fits the caches", (256, 1000), quick=True),
+    Case("imagenet-4096x1000", "ImageNet-1k, large-batch training", (4096, 1000)),
+    Case("imagenet21k-1024x21841", "ImageNet-21k, every class", (1024, 21841)),
+    Case("rows-65536x10", "CIFAR-10 or digits, a whole data set at once; rows shorter than a vector", (65536, 10)),
+    Case("rows-1048576x2", "binary tagging of a million tokens; a row is two elements", (1048576, 2)),
+    Case("rows-262144x100", "CIFAR-100 classes, many rows; rows of a few vectors", (262144, 100)),
+    Case("tiny-32x10", "a small classifier's step; bound by the overhead of the call", (32, 10), quick=True),
+    Case("tiny-64x100", "likewise, with CIFAR-100 classes", (64, 100)),
+    Case("tiny-1x1000", "one image at a time; one row cannot be split by rows", (1, 1000)),
+    *_planes("planes-8x21x512x512", "PASCAL VOC segmentation, 21 classes", (8, 21, 512, 512), quick=True),
+    *_planes("planes-2x19x1024x2048", "Cityscapes at full resolution, 19 classes", (2, 19, 1024, 2048)),
+    *_planes("planes-1x150x512x683", "ADE20K, 150 classes; odd width", (1, 150, 512, 683)),
+    Case("probabilities-1024x1000", "mixup or distillation on ImageNet-1k", (1024, 1000), probabilities=True),
+    Case("probabilities-256x32000", "distillation of a language model", (256, 32000), probabilities=True),
+    Case("smoothing-4096x1000", "the usual ImageNet recipe, smoothing 0.1", (4096, 1000), label_smoothing=0.1),
+    Case("smoothing-1024x32000", "translation with smoothing 0.1", (1024, 32000), label_smoothing=0.1),
+    Case("nll-4096x1000", "nll_loss alone, on log-probabilities", (4096, 1000), op="nll_loss"),
+    Case("nll-2048x32000", "nll_loss alone; the backward writes everything", (2048, 32000), op="nll_loss"),
+    Case("log-softmax-4096x1000", "log_softmax alone", (4096, 1000), op="log_softmax"),
+    Case("log-softmax-2048x32000", "log_softmax alone, larger than any cache", (2048, 32000), op="log_softmax"),
+    Case("log-softmax-8x21x512x512", "log_softmax over planes", (8, 21, 512, 512), op="log_softmax"),
+]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call ``function(logits, *args, **options)``, followed by ``backward(grad_output)``."""
+
+    logits: Tensor
+    args: tuple[Tensor, ...]
+    options: dict[str, Any]
+    grad_output: Tensor | None
+
+    def double(self) -> Inputs:
+        """The same values in float64; index targets stay as they are."""
+
+        def convert(value: Any) -> Any:
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Inputs(
+            convert(self.logits),
+            tuple(convert(arg) for arg in self.args),
+            {key: convert(value) for key, value in self.options.items()},
+            convert(self.grad_output),
+        )
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random normal logits (log-probabilities of such for ``nll_loss``) and random targets, equal in every run."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.randn(case.shape, generator=generator, device=device)
+
+    def place(tensor: Tensor) -> Tensor:
+        layout = torch.channels_last if case.channels_last else torch.contiguous_format
+        return tensor.to(dtype).contiguous(memory_format=layout)
+
+    if case.op == "log_softmax":
+        return Inputs(place(normal()), (), {"dim": 1}, place(normal()))
+
+    logits = place(normal().log_softmax(1) if case.op == "nll_loss" else normal())
+    options: dict[str, Any] = {}
+    if case.probabilities:
+        target = place(normal().softmax(1))
+    else:
+        size = (case.shape[0], *case.shape[2:])
+        target = torch.randint(case.classes, size, generator=generator, device=device)
+        if case.ignored:
+            drawn = torch.rand(size, generator=generator, device=device) < case.ignored
+            target = target.masked_fill(drawn, UNLABELLED)
+            options["ignore_index"] = UNLABELLED
+    if case.weight:
+        options["weight"] = (torch.rand(case.classes, generator=generator, device=device) + 0.5).to(dtype)
+    if case.label_smoothing:
+        options["label_smoothing"] = case.label_smoothing
+    return Inputs(logits, (target,), options, None)

@@ -1,0 +1,228 @@
+// Autograd of every operator, in C++, so that a training step runs no Python. The kernels give the first derivative with
+// respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to probability
+// targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace nllx {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+bool defined(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+bool requires_grad(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+bool requires_grad(const OptionalTensor& t) { return defined(t) && requires_grad(*t); }
+
+bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const OptionalTensor& t) { return defined(t) && has_tangent(*t); }
+
+template <typename... Tensors>
+bool any_requires_grad(const Tensors&... tensors) {
+  return (requires_grad(tensors) || ...);
+}
+template <typename... Tensors>
+bool any_has_tangent(const Tensors&... tensors) {
+  return (has_tangent(tensors) || ...);
+}
+
+Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
+OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// torch's index losses have no derivative with respect to the weights, and say so.
+void check_weight_gradient(const char* op, const Tensor& target, const OptionalTensor& weight) {
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || !(requires_grad(weight) || has_tangent(weight)), "The function '", op,
+              "' is not differentiable with respect to argument 'weight' for targets that are class indices. This input "
+              "cannot have requires_grad True: call weight.detach()");
+}
+
+// The statistics beside the loss (of each row, and the total weight) leave an autograd node like the loss does, but have no
+// derivative here. A gradient that arrives for one is an error, so that it is never dropped.
+void check_only_loss_has_gradient(const char* op, const variable_list& grads) {
+  for (size_t i = 1; i < grads.size(); ++i) {
+    TORCH_CHECK(!grads[i].defined(), op, ": output ", i, " is not differentiable; compute it with torch.logsumexp instead");
+  }
+}
+
+}  // namespace
+
+// ---- cross_entropy ----
+
+struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
+                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing, OptionalDtype dtype) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, row_stats, total_weight] =
+        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({logits, target, or_undefined(weight), row_stats, total_weight});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    return {loss, row_stats, total_weight};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_only_loss_has_gradient("cross_entropy_forward", grads);
+    variable_list result(7);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], saved[4],
+                                       ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt(),
+                                       ctx->saved_data["label_smoothing"].toDouble());
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& logits, const Tensor& target,
+                                                                  const OptionalTensor& weight, int64_t reduction,
+                                                                  int64_t ignore_index, double label_smoothing,
+                                                                  OptionalDtype dtype) {
+  check_weight_gradient("cross_entropy", target, weight);
+  if (any_has_tangent(logits, target, weight) || any_requires_grad(target, weight)) {
+    static const auto definition = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("nllx::_cross_entropy_forward_definition", "")
+                                       .typed<decltype(cross_entropy_forward)>();
+    return definition.call(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  }
+  if (!requires_grad(logits)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  }
+  const variable_list out =
+      CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  return {out[0], out[1], out[2]};
+}
+
+Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                       const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
+                                       int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  if (any_has_tangent(grad_output, logits, target, weight) || any_requires_grad(grad_output, logits, target, weight)) {
+    static const auto definition = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("nllx::_cross_entropy_backward_definition", "")
+                                       .typed<decltype(cross_entropy_backward)>();
+    return definition.call(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return cross_entropy_backward(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing);
+}
+
+// ---- nll_loss ----
+
+struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
+                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, total_weight] = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({log_probs, target, or_undefined(weight), total_weight});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    return {loss, total_weight};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_only_loss_has_gradient("nll_loss_forward", grads);
+    variable_list result(6);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    result[0] = nll_loss_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], ctx->saved_data["reduction"].toInt(),
+                                  ctx->saved_data["ignore_index"].toInt());
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
+                                                     int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+  check_weight_gradient("nll_loss", target, weight);
+  if (any_has_tangent(log_probs)) {
+    static const auto definition = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("nllx::_nll_loss_forward_definition", "")
+                                       .typed<decltype(nll_loss_forward)>();
+    return definition.call(log_probs, target, weight, reduction, ignore_index, dtype);
+  }
+  if (!requires_grad(log_probs)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
+  }
+  const variable_list out = NllLossFunction::apply(log_probs, target, weight, reduction, ignore_index, dtype);
+  return {out[0], out[1]};
+}
+
+Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
+                                  const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
+                                  int64_t ignore_index) {
+  // Linear in the incoming gradient, constant in the log-probabilities.
+  if (any_has_tangent(grad_output) || any_requires_grad(grad_output)) {
+    static const auto definition = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("nllx::_nll_loss_backward_definition", "")
+                                       .typed<decltype(nll_loss_backward)>();
+    return definition.call(grad_output, log_probs, target, weight, total_weight, reduction, ignore_index);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return nll_loss_backward(grad_output, log_probs, target, weight, total_weight, reduction, ignore_index);
+}
+
+// ---- log_softmax ----
+
+struct LogSoftmaxFunction : torch::autograd::Function<LogSoftmaxFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, int64_t dim) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const Tensor output = log_softmax_forward(input, dim);
+    ctx->save_for_backward({output});
+    ctx->saved_data["dim"] = dim;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {log_softmax_backward(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["dim"].toInt()), Tensor()};
+  }
+};
+
+Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
+  if (has_tangent(input)) {
+    static const auto definition = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("nllx::_log_softmax_forward_definition", "")
+                                       .typed<decltype(log_softmax_forward)>();
+    return definition.call(input, dim);
+  }
+  if (!requires_grad(input)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return log_softmax_forward(input, dim);
+  }
+  return LogSoftmaxFunction::apply(input, dim);
+}
+
+Tensor log_softmax_backward_autograd(const Tensor& grad_output, const Tensor& output, int64_t dim) {
+  if (any_has_tangent(grad_output, output) || any_requires_grad(grad_output, output)) {
+    static const auto definition = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("nllx::_log_softmax_backward_definition", "")
+                                       .typed<decltype(log_softmax_backward)>();
+    return definition.call(grad_output, output, dim);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return log_softmax_backward(grad_output, output, dim);
+}
+
+TORCH_LIBRARY_IMPL(nllx, Autograd, m) {
+  m.impl("cross_entropy_forward", &cross_entropy_forward_autograd);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_autograd);
+  m.impl("nll_loss_forward", &nll_loss_forward_autograd);
+  m.impl("nll_loss_backward", &nll_loss_backward_autograd);
+  m.impl("log_softmax_forward", &log_softmax_forward_autograd);
+  m.impl("log_softmax_backward", &log_softmax_backward_autograd);
+}
+
+}  // namespace nllx

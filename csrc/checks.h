@@ -1,0 +1,48 @@
+// Every check of an input and its message, shared by the CPU and CUDA entries, autograd and autocast. A message names the
+// operator and the argument, what it got, what it takes, and the fix; where torch has a sentence for the same mistake that
+// sentence is in it, and the exception has torch's type.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "problem.h"
+
+namespace nllx {
+
+struct LossArguments {
+  const char* op;             // "cross_entropy" or "nll_loss"
+  const char* input_name;     // "logits" or "log_probs"
+  bool takes_probabilities;   // cross_entropy: a target of the input's shape holds class probabilities
+  const at::Tensor& input;
+  const at::Tensor& target;
+  const std::optional<at::Tensor>& weight;
+  int64_t reduction;
+  int64_t ignore_index;
+  double label_smoothing = 0;
+};
+
+bool targets_are_probabilities(const LossArguments& args);
+
+// Checks all but the values of the target, in torch's order: input, shapes, dtypes, options, weight, devices.
+void check_loss_arguments(const LossArguments& args);
+
+// An index that is neither a class nor ignore_index; `row` counts through the target in row-major order.
+[[noreturn]] void raise_bad_target(const char* op, at::IntArrayRef target_sizes, int64_t row, int64_t value, int64_t classes,
+                                   int64_t ignore_index);
+
+// For the backward operators: tensors that the forward has made must still fit.
+void check_saved(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel,
+                 const at::Tensor& input);
+void check_grad_output(const char* op, const at::Tensor& grad_output, int64_t numel, const at::Tensor& input);
+
+// The dtypes that have kernels: float32, float64, bfloat16, float16; anything else raises NotImplementedError.
+FloatType float_type(const char* op, const char* name, at::ScalarType dtype);
+// Index targets: int64, int32, int16, int8, uint8.
+IndexType index_type(at::ScalarType dtype);
+
+// Incoming gradient and output of log_softmax must match; the kernels' element type.
+FloatType check_log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output);
+
+}  // namespace nllx

@@ -1,0 +1,281 @@
+// Vectors of one width per capability unit, on the compiler's vector extension, so that one source gives SSE2 (or NEON),
+// AVX2 and AVX-512. Included by the capability units only, inside their namespace: everything here has internal
+// linkage, since a function shared between units could be linked as its AVX-512 copy for everyone.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define NLLX_INLINE static inline __attribute__((always_inline))
+
+namespace nllx {
+namespace NLLX_CAPABILITY {
+namespace {
+
+// Half-precision elements as they lie in memory.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+NLLX_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---- scalars: element type -> acc and back, rounded to nearest even ----
+
+NLLX_INLINE float to_acc(float v) { return v; }
+NLLX_INLINE double to_acc(double v) { return v; }
+NLLX_INLINE float to_acc(bfloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+NLLX_INLINE float to_acc(float16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  const uint32_t exponent = (v.bits >> 10) & 31u, mantissa = v.bits & 0x3ffu;
+  if (exponent == 0) {  // zero and subnormal: mantissa * 2^-24 is exact
+    return bit_cast<float>(sign | bit_cast<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f));
+  }
+  return bit_cast<float>(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (mantissa << 13));
+}
+
+template <typename T>
+struct FromAcc;
+template <>
+struct FromAcc<float> {
+  NLLX_INLINE float convert(float v) { return v; }
+};
+template <>
+struct FromAcc<double> {
+  NLLX_INLINE double convert(double v) { return v; }
+};
+template <>
+struct FromAcc<bfloat16> {
+  NLLX_INLINE bfloat16 convert(float v) {
+    const uint32_t u = bit_cast<uint32_t>(v);
+    if (v != v) return {0x7fc0};
+    return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+  }
+};
+template <>
+struct FromAcc<float16> {
+  NLLX_INLINE float16 convert(float v) {
+    const uint32_t u = bit_cast<uint32_t>(v), a = u & 0x7fffffffu;
+    const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+    uint32_t h;
+    if (a > 0x7f800000u) {
+      h = 0x7e00u;
+    } else if (a >= 0x47800000u) {  // 65536 and above
+      h = 0x7c00u;
+    } else if (a < 0x38800000u) {  // below 2^-14: the sum with 0.5 rounds to a multiple of 2^-24
+      h = bit_cast<uint32_t>(bit_cast<float>(a) + 0.5f) - 0x3f000000u;
+    } else {
+      h = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
+    }
+    return {static_cast<uint16_t>(sign | h)};
+  }
+};
+template <typename T, typename acc>
+NLLX_INLINE T from_acc(acc v) {
+  return FromAcc<T>::convert(v);
+}
+
+// ---- vectors ----
+
+template <typename acc>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+  typedef int32_t mask __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+  typedef int64_t mask __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+};
+template <typename acc>
+using Vec = typename VecOf<acc>::type;
+template <typename acc>
+using Mask = typename VecOf<acc>::mask;
+template <typename acc>
+constexpr int kLanes = NLLX_VECTOR_BYTES / static_cast<int>(sizeof(acc));
+
+typedef uint16_t vec_u16 __attribute__((vector_size(NLLX_VECTOR_BYTES / 2)));
+typedef uint32_t vec_u32 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+
+template <typename acc>
+NLLX_INLINE Vec<acc> broadcast(acc v) {
+  return v - Vec<acc>{};  // not `Vec{} + v`: that would turn -0 into +0
+}
+
+NLLX_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+NLLX_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+NLLX_INLINE Vec<float> load(const bfloat16* p) {
+  vec_u16 h;
+  memcpy(&h, p, sizeof h);
+  return bit_cast<Vec<float>>(__builtin_convertvector(h, vec_u32) << 16);
+}
+NLLX_INLINE Vec<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_acc(p[i]);
+  return v;
+#endif
+}
+
+NLLX_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
+NLLX_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
+NLLX_INLINE void store(bfloat16* p, Vec<float> v) {
+  const vec_u32 u = bit_cast<vec_u32>(v);
+  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vec_u32 nan = bit_cast<vec_u32>(v != v);
+  const vec_u16 h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vec_u16);
+  memcpy(p, &h, sizeof h);
+}
+NLLX_INLINE void store(float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_acc<float16>(v[i]);
+#endif
+}
+
+// The first n lanes from memory, the rest `fill`; nothing beyond p[n - 1] is read.
+template <typename T, typename acc>
+NLLX_INLINE Vec<acc> load_first(const T* p, int n, acc fill) {
+  acc lanes[kLanes<acc>];
+  for (int i = 0; i < kLanes<acc>; ++i) lanes[i] = i < n ? to_acc(p[i]) : fill;
+  return load(lanes);
+}
+template <typename T>
+NLLX_INLINE void store_first(T* p, Vec<typename AccOf<T>::type> v, int n) {
+  T lanes[kLanes<typename AccOf<T>::type>];
+  store(lanes, v);
+  memcpy(p, lanes, sizeof(T) * static_cast<size_t>(n));
+}
+
+#if defined(__AVX512F__)
+NLLX_INLINE __mmask16 first_lanes16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+NLLX_INLINE Vec<float> load_first(const float* p, int n, float fill) {
+  return bit_cast<Vec<float>>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes16(n), p));
+}
+NLLX_INLINE Vec<double> load_first(const double* p, int n, double fill) {
+  return bit_cast<Vec<double>>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first_lanes16(n)), p));
+}
+NLLX_INLINE void store_first(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes16(n), bit_cast<__m512>(v));
+}
+NLLX_INLINE void store_first(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes16(n)), bit_cast<__m512d>(v));
+}
+#endif
+
+template <typename acc>
+NLLX_INLINE Mask<acc> first_lanes(int n) {
+  Mask<acc> iota;
+  for (int i = 0; i < kLanes<acc>; ++i) iota[i] = i;
+  return iota < n;
+}
+
+template <typename V, typename M>
+NLLX_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
+// The larger, where a NaN in `b` loses: the maximum only shifts the exponentials, and the NaN shows in their sum.
+template <typename V>
+NLLX_INLINE V max_not_nan(V a, V b) {
+  return b > a ? b : a;
+}
+
+template <typename acc>
+NLLX_INLINE acc largest_lane(Vec<acc> v) {
+  acc m = v[0];
+  for (int i = 1; i < kLanes<acc>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+// In a fixed order, in double: the sum of a block is added to those of the other blocks.
+template <typename acc>
+NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
+  double s = 0;
+  for (int i = 0; i < kLanes<acc>; ++i) s += static_cast<double>(v[i]);
+  return s;
+}
+
+// exp(x) for x ≤ 88 (float) or 709 (double): x = n ln 2 + r with |r| ≤ ln(2) / 2, a polynomial in r, and 2^n put into the
+// exponent bits. Below the smallest normal number the result is zero, for -inf too; NaN stays NaN. The constants of the
+// float version are those of Cephes expf (S. L. Moshier), error below 1 ulp in r; the double version is the Taylor series
+// to r^13, whose remainder is below 2^-57.
+NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
+  const float lowest = -87.33654f;
+  const Mask<float> flushed = x < lowest;
+  x = select(flushed, broadcast(lowest), x);
+  const Vec<float> shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
+  const Vec<float> n = shifted - 12582912.f;
+  Vec<float> r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const Vec<float> power = bit_cast<Vec<float>>((bit_cast<vec_u32>(shifted) << 23) + 0x3f800000u);
+  return select(flushed, Vec<float>{}, p * power);
+}
+NLLX_INLINE Vec<double> exp_vec(Vec<double> x) {
+  typedef uint64_t vec_u64 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+  const double lowest = -708.3964185322641;
+  const Mask<double> flushed = x < lowest;
+  x = select(flushed, broadcast(lowest), x);
+  const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.;  // 1.5 * 2^52
+  const Vec<double> n = shifted - 6755399441055744.;
+  Vec<double> r = x - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  Vec<double> p = r * (1. / 6227020800.) + 1. / 479001600.;
+  p = p * r + 1. / 39916800.;
+  p = p * r + 1. / 3628800.;
+  p = p * r + 1. / 362880.;
+  p = p * r + 1. / 40320.;
+  p = p * r + 1. / 5040.;
+  p = p * r + 1. / 720.;
+  p = p * r + 1. / 120.;
+  p = p * r + 1. / 24.;
+  p = p * r + 1. / 6.;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.;
+  const Vec<double> power = bit_cast<Vec<double>>((bit_cast<vec_u64>(shifted) << 52) + 0x3ff0000000000000ull);
+  return select(flushed, Vec<double>{}, p * power);
+}
+
+NLLX_INLINE float log_acc(float x) { return logf(x); }
+NLLX_INLINE double log_acc(double x) { return log(x); }
+
+}  // namespace
+}  // namespace NLLX_CAPABILITY
+}  // namespace nllx

@@ -1,0 +1,105 @@
+// The part of a row that a thread has seen, and the merging of parts in a warp and in a block.
+#pragma once
+
+#include "elements.cuh"
+
+namespace nllx {
+
+__device__ __forceinline__ float exp_acc(float x) { return expf(x); }
+__device__ __forceinline__ double exp_acc(double x) { return exp(x); }
+__device__ __forceinline__ float log_acc(float x) { return logf(x); }
+__device__ __forceinline__ double log_acc(double x) { return log(x); }
+__device__ __forceinline__ void minus_infinity(float& x) { x = -__builtin_inff(); }
+__device__ __forceinline__ void minus_infinity(double& x) { x = -__builtin_inf(); }
+
+template <typename acc>
+struct RowState {
+  acc max, sum, dot, mass;  // m, Σ exp(x - m), Σ a (x - m), Σ a
+
+  static __device__ __forceinline__ RowState empty() {
+    RowState s{0, 0, 0, 0};
+    minus_infinity(s.max);
+    return s;
+  }
+
+  // Takes `m` as the maximum if it is larger. A NaN is not: it shows in the sum.
+  __device__ __forceinline__ void raise_max(acc m) {
+    if (!(m > max)) return;
+    if (!is_minus_infinity(max)) {
+      sum *= exp_acc(max - m);
+      dot += mass * (max - m);
+    }
+    max = m;
+  }
+
+  template <bool kTerms>
+  __device__ __forceinline__ void add(acc x, acc a) {
+    raise_max(x);
+    add_below_max<kTerms>(x, a);
+  }
+
+  // x ≤ max.
+  template <bool kTerms>
+  __device__ __forceinline__ void add_below_max(acc x, acc a) {
+    const acc shifted = x - finite_max(max);
+    sum += exp_acc(shifted);
+    if (kTerms) {
+      dot += weighted(a, shifted);
+      mass += a;
+    }
+  }
+
+  __device__ __forceinline__ void merge(RowState other) {
+    raise_max(other.max);
+    other.raise_max(max);
+    sum += other.sum;
+    dot += other.dot;
+    mass += other.mass;
+  }
+
+  __device__ __forceinline__ RowStats<acc> stats() const { return {finite_max(max), log_acc(sum)}; }
+};
+
+// All lanes of each aligned group of `width` (a power of two) lanes end with the state of the group. Every lane of the warp
+// takes part.
+template <typename acc>
+__device__ __forceinline__ void merge_in_warp(RowState<acc>& s, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    const RowState<acc> other{__shfl_xor_sync(0xffffffffu, s.max, offset), __shfl_xor_sync(0xffffffffu, s.sum, offset),
+                              __shfl_xor_sync(0xffffffffu, s.dot, offset), __shfl_xor_sync(0xffffffffu, s.mass, offset)};
+    s.merge(other);
+  }
+}
+
+// All threads of the block end with the state of the block, in the same order of merging everywhere. `scratch` is shared
+// memory for 32 states.
+template <typename acc>
+__device__ __forceinline__ void merge_in_block(RowState<acc>& s, RowState<acc>* scratch) {
+  merge_in_warp(s, 32);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+  __syncthreads();  // the scratch may still be read for the row before
+  if (lane == 0) scratch[warp] = s;
+  __syncthreads();  // the states of all warps are there
+  s = scratch[0];
+  for (int w = 1; w < warps; ++w) s.merge(scratch[w]);
+}
+
+template <typename acc>
+__device__ __forceinline__ acc sum_in_warp(acc v, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+template <typename acc>
+__device__ __forceinline__ acc sum_in_block(acc v, acc* scratch) {
+  v = sum_in_warp(v, 32);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+  __syncthreads();  // the scratch may still be read for the sum before
+  if (lane == 0) scratch[warp] = v;
+  __syncthreads();  // the sums of all warps are there
+  v = scratch[0];
+  for (int w = 1; w < warps; ++w) v += scratch[w];
+  return v;
+}
+
+}  // namespace nllx

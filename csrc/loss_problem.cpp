@@ -1,0 +1,114 @@
+#include "loss_problem.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+namespace nllx {
+
+using at::ScalarType;
+using at::Tensor;
+
+int64_t LossProblem::rows() const {
+  int64_t n = 1;
+  for (const int64_t size : row_sizes) n *= size;
+  return n;
+}
+
+std::vector<int64_t> LossProblem::stats_sizes() const {
+  std::vector<int64_t> sizes = row_sizes;
+  sizes.push_back(2);
+  return sizes;
+}
+
+LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarType> loss_dtype) {
+  check_loss_arguments(args);
+  LossProblem p;
+  p.probabilities_given = targets_are_probabilities(args);
+  p.class_dim = args.input.dim() == 1 ? 0 : 1;
+  p.input = args.input;
+  p.row_sizes = args.input.sizes().vec();
+  p.row_sizes.erase(p.row_sizes.begin() + p.class_dim);
+  const bool weighted = args.weight.has_value() && args.weight->defined();
+
+  p.loss_dtype = args.input.scalar_type();
+  if (p.probabilities_given) {
+    p.loss_dtype = c10::promoteTypes(p.loss_dtype, args.target.scalar_type());
+    if (weighted) p.loss_dtype = c10::promoteTypes(p.loss_dtype, args.weight->scalar_type());
+    float_type(args.op, "target", p.loss_dtype);
+    if (p.loss_dtype == ScalarType::Double) p.input = p.input.to(ScalarType::Double);
+  }
+  const bool is_double = p.input.scalar_type() == ScalarType::Double;
+  p.acc_dtype = is_double ? ScalarType::Double : ScalarType::Float;
+  if (loss_dtype.has_value()) {
+    TORCH_CHECK(*loss_dtype == p.loss_dtype || *loss_dtype == p.acc_dtype, args.op, ": dtype must be ", p.loss_dtype, " or ",
+                p.acc_dtype, ", but got ", *loss_dtype);
+    p.loss_dtype = *loss_dtype;
+  }
+
+  Targets& t = p.targets;
+  if (p.probabilities_given) {
+    p.probabilities = args.target;
+    if (p.probabilities.scalar_type() != p.input.scalar_type()) p.probabilities = p.probabilities.to(p.acc_dtype);
+    t.probabilities_are_acc = p.probabilities.scalar_type() == p.acc_dtype;
+  } else {
+    p.index = args.target.contiguous();
+    t.index = p.index.const_data_ptr();
+    t.index_type = index_type(p.index.scalar_type());
+  }
+  if (weighted) {
+    p.weight = args.weight->to(p.acc_dtype).contiguous();
+    t.weight = p.weight.const_data_ptr();
+    if (args.label_smoothing > 0) {
+      p.weight_sum = p.weight.sum();
+      t.weight_sum = p.weight_sum.const_data_ptr();
+    }
+  }
+  t.ignore_index = args.ignore_index;
+  t.label_smoothing = args.label_smoothing;
+  return p;
+}
+
+Tensor incoming_gradient(const Tensor& grad_output, const LossProblem& loss, const char* op, int64_t reduction,
+                         const void*& pointer, int64_t& stride) {
+  const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
+  check_grad_output(op, grad_output, per_row ? loss.rows() : 1, loss.input);
+  Tensor g = grad_output.to(loss.acc_dtype).contiguous();
+  pointer = g.const_data_ptr();
+  stride = per_row ? 1 : 0;
+  return g;
+}
+
+Arrays share_layout(LossProblem& loss, Tensor* output) {
+  c10::SmallVector<Tensor, 3> tensors{loss.input};
+  if (loss.probabilities_given) tensors.push_back(loss.probabilities);
+  if (output) tensors.push_back(*output);
+  auto arrays = view_as_arrays(tensors, loss.class_dim);
+  if (!arrays) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const bool is_output = output && i + 1 == tensors.size();
+      tensors[i] = is_output ? at::empty_like(tensors[i], at::MemoryFormat::Contiguous) : tensors[i].contiguous();
+    }
+    loss.input = tensors[0];
+    if (loss.probabilities_given) loss.probabilities = tensors[1];
+    if (output) *output = tensors.back();
+    arrays = view_as_arrays(tensors, loss.class_dim);
+    TORCH_INTERNAL_ASSERT(arrays.has_value());
+  }
+  if (loss.probabilities_given) {
+    loss.targets.probabilities = loss.probabilities.const_data_ptr();
+    loss.targets.probability_strides = arrays->strides[1];
+  }
+  return *arrays;
+}
+
+Tensor empty_loss(const LossProblem& loss, int64_t reduction) {
+  const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
+  return at::empty(per_row ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(), loss.input.options().dtype(loss.loss_dtype));
+}
+
+Tensor finish_gradient(const Tensor& computed, Tensor& grad, ScalarType dtype) {
+  if (!computed.is_same(grad)) grad.copy_(computed);
+  return grad.to(dtype);
+}
+
+}  // namespace nllx

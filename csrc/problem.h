@@ -1,0 +1,116 @@
+// The problem that a kernel solves, as plain numbers and raw pointers. Includes no torch header, so that kernels
+// compile in seconds and can be built and tested without torch.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define NLLX_MEMBER __host__ __device__
+#else
+#define NLLX_MEMBER
+#endif
+
+namespace nllx {
+
+enum class FloatType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class IndexType : uint8_t { kInt64, kInt32, kInt16, kInt8, kUInt8 };
+
+// The values are those of the `reduction` argument of the operators, which are ATen's.
+enum class Reduction : uint8_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// Every input is seen as an array (outer, classes, inner). Row `r` of the problem is the pair
+// (r / inner, r % inner): `inner` varies fastest, which is the order of a contiguous index target.
+struct Extent {
+  int64_t outer = 0, classes = 0, inner = 0;
+  NLLX_MEMBER constexpr int64_t rows() const { return outer * inner; }
+};
+
+// In elements.
+struct Strides {
+  int64_t outer = 0, classes = 0, inner = 0;
+};
+
+// kRows: the classes of a row are adjacent in memory (class stride 1), rows may lie anywhere.
+// kPlanes: neighbouring rows are adjacent in memory (inner stride 1), classes may lie anywhere.
+enum class Layout : uint8_t { kRows, kPlanes };
+
+// What the rows are compared with: class indices or class probabilities, with the options that shape the loss.
+// "acc" below is the type that the arithmetic is done in: double for double logits, float for all others.
+struct Targets {
+  const void* index = nullptr;  // rows() class indices, contiguous; null where the targets are probabilities
+  IndexType index_type = IndexType::kInt64;
+  const void* probabilities = nullptr;  // an array (outer, classes, inner) in the layout of the logits
+  bool probabilities_are_acc = false;   // element type: acc, or that of the logits
+  Strides probability_strides;
+  const void* weight = nullptr;      // acc, one per class, contiguous; null: all ones
+  const void* weight_sum = nullptr;  // acc, one number: the sum of `weight`; read only with smoothing
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+};
+
+struct CrossEntropyForward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  const void* logits = nullptr;
+  Strides logits_strides;
+  Targets targets;
+  void* row_loss = nullptr;  // rows() losses, contiguous; may be null on the CPU
+  bool row_loss_is_acc = false;
+  void* row_stats = nullptr;  // rows() pairs (max, log_sum) of acc, contiguous; zeros for an ignored row
+};
+
+struct CrossEntropyBackward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  const void* logits = nullptr;
+  Strides logits_strides;
+  Targets targets;
+  const void* row_stats = nullptr;  // as the forward wrote them
+  const void* grad_output = nullptr;  // acc; one per row (stride 1) or one in all (stride 0)
+  int64_t grad_output_stride = 0;
+  const void* total_weight = nullptr;  // acc; the divisor of the mean; null: no division
+  void* grad_logits = nullptr;
+  Strides grad_strides;
+};
+
+struct NllLossForward {
+  Extent extent;
+  const void* log_probs = nullptr;
+  Strides strides;
+  Targets targets;
+  void* row_loss = nullptr;
+  bool row_loss_is_acc = false;
+};
+
+struct NllLossBackward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  Targets targets;
+  const void* grad_output = nullptr;
+  int64_t grad_output_stride = 0;
+  const void* total_weight = nullptr;
+  void* grad_log_probs = nullptr;
+  Strides grad_strides;
+};
+
+struct LogSoftmaxForward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  const void* input = nullptr;
+  Strides input_strides;
+  void* output = nullptr;
+  Strides output_strides;
+};
+
+struct LogSoftmaxBackward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  const void* grad_output = nullptr;
+  Strides grad_output_strides;
+  const void* output = nullptr;
+  Strides output_strides;
+  void* grad_input = nullptr;
+  Strides grad_input_strides;
+};
+
+}  // namespace nllx

@@ -1,0 +1,1 @@
+"""Three trainings on real data, each with torch's loss and with nllx's: ``python -m demo``."""

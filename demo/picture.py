@@ -1,0 +1,33 @@
+"""The picture of the loss curves."""
+
+from pathlib import Path
+
+import matplotlib
+
+from .training import Run
+
+matplotlib.use("Agg")  # draws into a file; needs no display
+
+import matplotlib.pyplot as plt  # noqa: E402 (the choice of Agg comes first)
+
+
+def draw_curves(results: dict[str, tuple[Run, Run]], path: Path) -> None:
+    """Draw both curves of every training, torch's and nllx's, and below them how far they are apart."""
+    figure, axes = plt.subplots(
+        2, len(results), figsize=(5 * len(results), 6), sharex="col", height_ratios=(2, 1), squeeze=False
+    )
+    for (name, (reference, run)), (curves, gap) in zip(results.items(), axes.T, strict=True):
+        curves.plot(reference.losses, color="tab:orange", linewidth=4, alpha=0.5, label="torch.nn.CrossEntropyLoss")
+        curves.plot(run.losses, color="black", linewidth=0.8, label="nllx.CrossEntropyLoss")
+        curves.set_title(name)
+        curves.set_ylabel("loss")
+        curves.legend()
+        gap.plot([abs(ours - theirs) for ours, theirs in zip(run.losses, reference.losses, strict=True)], color="black")
+        gap.set_ylabel("absolute difference")
+        gap.set_ylim(bottom=0)
+        gap.ticklabel_format(axis="y", scilimits=(0, 0))
+        gap.set_xlabel("step")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

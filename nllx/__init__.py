@@ -1,0 +1,14 @@
+"""Fused log-softmax and negative log likelihood for PyTorch, on CPU and CUDA.
+
+Drop-in replacements for :class:`torch.nn.CrossEntropyLoss`, :class:`torch.nn.NLLLoss` and :class:`torch.nn.LogSoftmax`.
+"""
+
+from nllx._library import load as _load
+
+_load()
+
+from nllx import functional  # noqa: E402  (needs the operators that _load registers)
+from nllx.version import __version__  # noqa: E402
+from nllx.modules import CrossEntropyLoss, LogSoftmax, NLLLoss  # noqa: E402
+
+__all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "__version__", "functional"]

@@ -1,0 +1,176 @@
+"""Fake kernels: shape, dtype, device and layout of every result, from symbolic sizes and without data.
+
+Shapes are checked as the kernels check them, since torch.compile and torch.export see these errors first; values, which the
+kernels check, cannot be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def class_dim(input: Tensor) -> int:
+    """The dimension of the classes: 0 of (C), 1 of (N, C, d1, ..., dk)."""
+    return 0 if input.dim() == 1 else 1
+
+
+def is_probabilities(input: Tensor, target: Tensor) -> bool:
+    """Whether the target of a cross entropy holds class probabilities: it has the shape of the logits."""
+    return input.shape == target.shape
+
+
+def row_shape(input: Tensor) -> list[int]:
+    """The shape of an unreduced loss: that of the input without its classes."""
+    shape = list(input.shape)
+    shape.pop(class_dim(input))
+    return shape
+
+
+def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool) -> None:
+    """Raises what the kernels raise for shapes and dtypes that do not fit (csrc/checks.cpp)."""
+    if input.dim() == 0:
+        raise (IndexError if op == "cross_entropy" else ValueError)(f"{op}: expected 1 or more dimensions (got 0)")
+    if input.dtype not in (torch.float32, torch.float64, *HALF):
+        raise NotImplementedError(f'"{op}" not implemented for {input.dtype}')
+    if probabilities:
+        torch._check(
+            target.is_floating_point(),
+            lambda: f"{op}: Expected floating point type for target with class probabilities, got {target.dtype}",
+        )
+    else:
+        if input.dim() == 1:
+            if target.dim() == 1:
+                torch._check_value(
+                    target.shape[0] == 1, lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}"
+                )
+            torch._check(target.dim() <= 1, lambda: f"{op}: 0D or 1D target tensor expected, multi-target not supported")
+        else:
+            batch = target.shape[0] if target.dim() else 0
+            torch._check_value(
+                input.shape[0] == batch,
+                lambda: f"{op}: Expected input batch_size ({input.shape[0]}) to match target batch_size ({batch}).",
+            )
+            expected = row_shape(input)
+            torch._check(
+                target.dim() == len(expected) and list(target.shape) == expected,
+                lambda: f"{op}: Expected target size {expected}, got {list(target.shape)}",
+            )
+        torch._check(
+            target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+            lambda: f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {target.dtype}; "
+            "call target.long()",
+        )
+    if weight is not None:
+        classes = input.shape[class_dim(input)]
+        torch._check(
+            weight.numel() == classes,
+            lambda: f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
+            f"tensor of shape: {list(weight.shape)}",
+        )
+
+
+def loss_dtypes(
+    input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool, dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the loss and of the arithmetic (csrc/loss_problem.cpp)."""
+    loss = input.dtype
+    if probabilities:
+        loss = torch.promote_types(loss, target.dtype)
+        if weight is not None:
+            loss = torch.promote_types(loss, weight.dtype)
+    return dtype or loss, torch.float64 if loss == torch.float64 else torch.float32
+
+
+def _cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    probabilities = is_probabilities(logits, target)
+    check_shapes("cross_entropy", logits, target, weight, probabilities)
+    loss, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
+    rows = row_shape(logits)
+    return (
+        logits.new_empty(rows if reduction == 0 else [], dtype=loss),
+        logits.new_empty([*rows, 2], dtype=acc),
+        logits.new_empty([], dtype=acc),
+    )
+
+
+def _cross_entropy_backward(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    row_stats: Tensor,
+    total_weight: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    check_shapes("cross_entropy", logits, target, weight, is_probabilities(logits, target))
+    return torch.empty_like(logits)
+
+
+def _nll_loss_forward(
+    log_probs: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_shapes("nll_loss", log_probs, target, weight, False)
+    loss, acc = loss_dtypes(log_probs, target, weight, False, dtype)
+    return log_probs.new_empty(row_shape(log_probs) if reduction == 0 else [], dtype=loss), log_probs.new_empty([], dtype=acc)
+
+
+def _nll_loss_backward(
+    grad_output: Tensor,
+    log_probs: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    reduction: int,
+    ignore_index: int,
+) -> Tensor:
+    check_shapes("nll_loss", log_probs, target, weight, False)
+    return torch.empty_like(log_probs)
+
+
+def _log_softmax_forward(input: Tensor, dim: int) -> Tensor:
+    if input.dtype not in (torch.float32, torch.float64, *HALF):
+        raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
+    if not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
+        limit = max(input.dim(), 1)
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-limit}, {limit - 1}], but got {dim})")
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    return torch.empty_like(output)
+
+
+def _checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    return torch.empty(target.shape, dtype=torch.int64, device=target.device)
+
+
+def register() -> None:
+    """Registers the fake kernels (which serve meta tensors too)."""
+    for fake in (
+        _cross_entropy_forward,
+        _cross_entropy_backward,
+        _nll_loss_forward,
+        _nll_loss_backward,
+        _log_softmax_forward,
+        _log_softmax_backward,
+    ):
+        torch.library.register_fake(f"nllx::{fake.__name__[1:]}", fake)
+    torch.library.register_fake("nllx::_checked_target", _checked_target)

@@ -1,0 +1,52 @@
+"""Loads the compiled part, which registers the operators, and adds to them what is written in Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import re
+
+import torch
+
+_REBUILD = "rebuild it against the installed torch: pip install --no-build-isolation --force-reinstall --no-deps <nllx source>"
+_MARK = rb"NLLX_TORCH_VERSION=([0-9A-Za-z.+_-]+)"
+
+
+def _torch_built_against(binary: str) -> str | None:
+    """The torch version that a binary was built against, read from the file without loading it."""
+    with open(binary, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(_MARK, content)
+        return found.group(1).decode() if found else None
+
+
+def _release(version: str) -> list[str]:
+    """The part of a torch version within which its C++ interface is stable."""
+    return version.split(".")[:2]
+
+
+def load() -> None:
+    """Registers torch.ops.nllx.*, with fake kernels and differentiable definitions.
+
+    Raises:
+        ImportError: nllx was not built, or was built against another torch release; the message says how to rebuild.
+    """
+    spec = importlib.util.find_spec("nllx._C")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "nllx is not built: there is no nllx._C. Run `make build` in its source tree, or `pip install --no-build-isolation .`"
+        )
+    built = _torch_built_against(spec.origin)
+    if built is None or _release(built) != _release(torch.__version__):
+        raise ImportError(f"nllx was built against torch {built}, but torch {torch.__version__} is installed; {_REBUILD}")
+    try:
+        from nllx import _C
+    except ImportError as error:
+        raise ImportError(
+            f"nllx, built against torch {built}, does not load with torch {torch.__version__} ({error}); {_REBUILD}"
+        ) from error
+    _C.cpu_capability()  # a capability that this CPU cannot run is an error here and not in the middle of a training
+
+    from nllx import _fake, _reference
+
+    _fake.register()
+    _reference.register()

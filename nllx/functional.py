@@ -1,0 +1,130 @@
+"""The losses as functions, with the signatures of :mod:`torch.nn.functional`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _Reduction
+from torch.nn.functional import _get_softmax_dim
+
+__all__ = ["cross_entropy", "log_softmax", "nll_loss"]
+
+# Bound once: looking an overload up costs as much as a small kernel.
+_cross_entropy = torch.ops.nllx.cross_entropy.default
+_nll_loss = torch.ops.nllx.nll_loss.default
+_log_softmax = torch.ops.nllx.log_softmax.default
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross entropy between logits and targets, like :func:`torch.nn.functional.cross_entropy`, in one pass over the logits.
+
+    With :math:`l = \log\operatorname{softmax}(x)`, smoothing :math:`\varepsilon` and weights :math:`w` (ones if not given),
+    the loss of a row with class index :math:`y`, and of one with class probabilities :math:`p`, is
+
+    .. math::
+        -(1 - \varepsilon) w_y l_y - \frac{\varepsilon}{C} \sum_c w_c l_c
+        \qquad\text{and}\qquad
+        -\sum_c w_c \left((1 - \varepsilon) p_c + \frac{\varepsilon}{C}\right) l_c .
+
+    Label smoothing is that of Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016.
+
+    Args:
+        input: Logits of shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_k)`; float32, float64, bfloat16 or
+            float16, in any layout. Rows (classes adjacent, channels-last images too) and planes (contiguous images) are
+            read where they lie.
+        target: Class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, ..., d_k)`, dtype int64, int32, int16,
+            int8 or uint8, each in :math:`[0, C)` or ``ignore_index``; or class probabilities of the shape of ``input``,
+            floating point.
+        weight: One factor per class, shape :math:`(C)`, dtype of ``input`` (float32 or float64 too beside half precision).
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: Rows with this class index add nothing to the loss, the gradient or the divisor of the mean. May lie
+            in or outside the range of classes. Index targets only.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"mean"`` divides the sum by the sum of :math:`w_y` over the rows that count (index targets) or by the
+            number of rows (probabilities); ``"sum"``; ``"none"`` returns one loss per row.
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+
+    Returns:
+        A scalar, or with ``"none"`` a tensor of the shape of index targets, in the dtype of ``input`` (promoted with that of
+        ``target`` and ``weight`` for probabilities); float32 under autocast. Half-precision logits are accumulated in
+        float32 and the result is rounded once. The mean over nothing is NaN.
+
+    Raises:
+        IndexError: a class index is out of range; the message names position and value.
+        ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        RuntimeError: another shape, dtype, device or option does not fit.
+        NotImplementedError: ``input`` is not floating point.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return _cross_entropy(input, target, weight, _Reduction.get_enum(reduction), ignore_index, label_smoothing)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood of class indices, like :func:`torch.nn.functional.nll_loss`: :math:`-w_y l_y` for each row.
+
+    Args:
+        input: Log-probabilities :math:`l` of shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_k)`; float32,
+            float64, bfloat16 or float16, in any layout.
+        target: Class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, ..., d_k)`; dtypes and range as in
+            :func:`cross_entropy`.
+        weight: One factor per class, shape :math:`(C)`, dtype of ``input`` (float32 or float64 too beside half precision).
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: Rows with this class index add nothing to the loss, the gradient or the divisor of the mean.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"mean"`` divides the sum by the sum of the weights of the targets present; ``"sum"``; ``"none"``.
+
+    Returns:
+        A scalar, or with ``"none"`` a tensor of the shape of ``target``, in the dtype of ``input``; float32 under autocast.
+
+    Raises:
+        IndexError, ValueError, RuntimeError, NotImplementedError: as in :func:`cross_entropy`.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return _nll_loss(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Logarithm of the softmax along ``dim``, like :func:`torch.nn.functional.log_softmax`.
+
+    .. math:: \log\operatorname{softmax}(x)_c = (x_c - m) - \log \sum_j e^{x_j - m}, \qquad m = \max_j x_j
+
+    Args:
+        input: Any shape, float32, float64, bfloat16 or float16 (any dtype with ``dtype``), any layout.
+        dim: The dimension of the classes; negative counts from the end. Left out, it is guessed (0 for 0, 1 and 3
+            dimensions, else 1) with a warning.
+        dtype: ``input`` is cast to it before anything is computed.
+
+    Returns:
+        A tensor of the shape of ``input``, in its dtype or ``dtype``.
+
+    Raises:
+        IndexError: ``dim`` is out of range.
+        NotImplementedError: the dtype that is computed in is not floating point.
+    """
+    if dim is None:
+        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    return _log_softmax(input, dim, dtype)

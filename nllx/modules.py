@@ -1,0 +1,60 @@
+"""The losses as modules. Each is torch's own module with another ``forward``, so that arguments, buffers, ``repr``, pickling,
+and ``isinstance`` checks in users' code stay what they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nllx import functional as F
+
+__all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss"]
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """Drop-in for :class:`torch.nn.CrossEntropyLoss`; see :func:`nllx.functional.cross_entropy` for shapes, dtypes and errors.
+
+    Args:
+        weight: One factor per class, shape :math:`(C)`; a buffer, moved with the module.
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: Class index of rows that do not count.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: In [0, 1].
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """Drop-in for :class:`torch.nn.NLLLoss`; see :func:`nllx.functional.nll_loss` for shapes, dtypes and errors.
+
+    Args:
+        weight: One factor per class, shape :math:`(C)`; a buffer, moved with the module.
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: Class index of rows that do not count.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """Drop-in for :class:`torch.nn.LogSoftmax`; see :func:`nllx.functional.log_softmax` for shapes, dtypes and errors.
+
+    Args:
+        dim: The dimension of the classes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.log_softmax(input, self.dim, _stacklevel=5)

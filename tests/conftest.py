@@ -1,0 +1,47 @@
+"""Devices, and what holds for every test."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def _missing(device: str) -> str | None:
+    """Why nothing can run on the device, or None."""
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs a test on each device; one that is missing is skipped once per test function."""
+    return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    kept, skipped = [], {}
+    for item in items:
+        device = item.callspec.params.get("device") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+        reason = _missing(device) if device else None
+        if reason is None:
+            kept.append(item)
+            continue
+        first = skipped.setdefault((item.path, item.originalname, device), [])
+        first.append(item)
+        if len(first) == 1:
+            kept.append(item)
+    for same in skipped.values():
+        same[0].add_marker(pytest.mark.skip(reason=f"{_missing('cuda')}: {len(same)} cases not run"))
+    items[:] = kept

@@ -1,0 +1,162 @@
+"""What the results should be and how far from it a result may lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from cases import REDUCTIONS, Case, Problem, build, grad_output
+from torch import Tensor
+from torch.testing import assert_close
+
+from nllx import _reference
+
+# Units in the last place of the accumulation's precision that a kernel may be off, in the largest term that it adds:
+# one each for the exponential, the logarithm, the factor and the divisor, and as many again for the sum over the
+# classes, which is added in many lanes, so that its error grows slowly. Torch's own kernels need up to 4.
+ULPS = 8
+
+
+class Reference:
+    """``nllx._reference`` under the signatures of ``torch.nn.functional``."""
+
+    @staticmethod
+    def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+        reduction = REDUCTIONS.index(reduction)
+        return _reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+
+    @staticmethod
+    def nll_loss(input, target, weight=None, *, ignore_index=-100, reduction="mean"):
+        return _reference.nll_loss(input, target, weight, REDUCTIONS.index(reduction), ignore_index)
+
+    @staticmethod
+    def log_softmax(input, dim, dtype=None):
+        return _reference.log_softmax(input, dim, dtype)
+
+
+@dataclasses.dataclass
+class Answer:
+    """A result and the gradients of ``problem.differentiable``, for the gradient of the output that is given."""
+
+    output: Tensor
+    grads: list[Tensor]
+
+
+def answer(problem: Problem, functional: Any, grad: Tensor | None = None) -> Answer:
+    """Computes a problem and its gradients with functional. grad: of the output; by default ``grad_output``'s."""
+    leaves = problem.requires_grad()
+    output = leaves.call(functional)
+    grad = grad_output(problem.case, output) if grad is None else grad.to(output.dtype)
+    return Answer(output.detach(), list(torch.autograd.grad(output, leaves.differentiable, grad)))
+
+
+@functools.cache
+def exact(case: Case) -> Answer:
+    """The answer in float64 from contiguous inputs: torch's, or the reference's where nllx documents its own."""
+    problem = build(case)
+    if case.out_dtype is not None:  # the cast comes before the reduction
+        problem.input = problem.input.to(case.out_dtype)
+    double = dataclasses.replace(problem.for_torch(torch.float64), case=dataclasses.replace(case, out_dtype=None))
+    output = problem.for_torch().call(torch.nn.functional)
+    functional = torch.nn.functional if case.same_as_torch else Reference
+    return answer(double, functional, grad_output(case, output).double())
+
+
+def _largest(values: Tensor) -> float:
+    """The largest finite magnitude, 0 if there is none."""
+    values = values.abs()
+    return values[values.isfinite()].amax().item() if values.isfinite().any() else 0.0
+
+
+def _sum(values: Tensor) -> float:
+    values = values.abs()
+    return values[values.isfinite()].sum().item()
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def accumulation(*dtypes: torch.dtype) -> torch.dtype:
+    """The coarsest precision in which a result of tensors of these dtypes is accumulated: float32 for the halves."""
+    return torch.float64 if all(dtype == torch.float64 for dtype in dtypes) else torch.float32
+
+
+@functools.cache
+def _terms(case: Case) -> tuple[float, float]:
+    """The largest magnitudes of what is added up to one element of the output and of the input's gradient."""
+    problem = build(case).for_torch(torch.float64)
+    output = exact(case).output
+    grad = _largest(grad_output(case, output))
+    if case.op == "log_softmax":
+        return 1.0, grad * max(1, case.classes)
+    weight = torch.ones(case.classes) if problem.weight is None else problem.weight.nan_to_num().abs()
+    # The terms of the losses: weight · (|log-probability| + 1), the 1 for the logarithm of the sum.
+    absolute = dataclasses.replace(problem, weight=weight.double(), case=dataclasses.replace(case, reduction="none"))
+    factor = _largest(weight)
+    if case.has_probabilities:
+        absolute.target = problem.target.abs()
+        factor *= max(1.0, _sum(absolute.target) / max(1, case.rows))
+    losses = absolute.call(Reference)
+    if case.reduction == "none":
+        return _largest(losses) + factor, factor * grad
+    divisor = 1.0
+    if case.reduction == "mean":
+        used = problem.target[problem.target != case.ignore_index] if not case.has_probabilities else None
+        signed = torch.ones(case.classes) if problem.weight is None else problem.weight
+        divisor = float(case.rows) if used is None else abs(signed[used].sum().item())
+    return (_sum(losses) + case.rows * factor) / (divisor or 1.0), factor * grad / (divisor or 1.0)
+
+
+def check_output(case: Case, actual: Tensor) -> None:
+    """The output is as near the exact one as its dtype and the precision of its sums allow."""
+    dtypes = [case.out_dtype or case.dtype]
+    if case.has_probabilities:
+        dtypes.append(case.target_dtype or case.dtype)
+    _check(case, "output", actual, exact(case).output, epsilon(accumulation(*dtypes)), _terms(case)[0], actual.dtype)
+
+
+def check_gradients(case: Case, actual: list[Tensor]) -> None:
+    """The same of the gradients: of the input, and of target and weight for probabilities."""
+    for name, got, want in zip(("input", "target", "weight"), actual, exact(case).grads, strict=False):
+        unit, terms, dtype = epsilon(accumulation(case.dtype, got.dtype)), _terms(case)[1], _rounded_to(case, got)
+        if name != "input":
+            terms = _largest(want)
+        if case.op == "log_softmax":  # made of the rounded output
+            unit = epsilon(dtype)
+        _check(case, f"gradient of {name}", got, want, unit, terms, dtype)
+
+
+def _rounded_to(case: Case, result: Tensor) -> torch.dtype:
+    """The coarsest dtype that the result went through."""
+    return max((case.out_dtype or result.dtype, result.dtype), key=epsilon)
+
+
+def _check(
+    case: Case, name: str, actual: Tensor, expected: Tensor, unit: float, terms: float, dtype: torch.dtype
+) -> None:
+    """unit: last place of the accumulation, relative; terms: what it is relative to; dtype: what is rounded to."""
+    smallest = torch.finfo(dtype).smallest_normal * epsilon(dtype)
+    assert_close(
+        actual.detach().cpu().double(),
+        expected,
+        rtol=0.5 * epsilon(dtype) + ULPS * unit,
+        atol=ULPS * unit * terms + smallest,
+        equal_nan=True,
+        msg=lambda text: f"{name} of {case.name} ({case.why}): {text}",
+    )
+
+
+def check_against_torch(case: Case, actual: Answer) -> None:
+    """The largest errors of output and gradients are no larger than those of torch in the same dtypes: up to two units
+    in the last place of the terms, and the rounding of the result."""
+    theirs, correct = answer(build(case).for_torch(), torch.nn.functional), exact(case)
+    wanted = [correct.output, *correct.grads]
+    terms = [*_terms(case), *map(_largest, correct.grads[1:])]
+    for got, their, want, size in zip([actual.output, *actual.grads], [theirs.output, *theirs.grads], wanted, terms, strict=True):
+        error, torchs = _largest(got.cpu().double() - want), _largest(their.double() - want)
+        rounding = 0.5 * epsilon(_rounded_to(case, got)) * _largest(want)
+        slack = 2 * epsilon(accumulation(case.dtype, got.dtype)) * size + rounding
+        assert error <= torchs + slack, f"{case.name} ({case.why}): error {error}, torch's {torchs}, slack {slack}"

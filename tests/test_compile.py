@@ -1,0 +1,220 @@
+"""Operators under torch.library.opcheck, torch.compile, torch.export and without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from cases import Case, Problem, build, grad_output, select
+from oracle import answer
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+import nllx
+
+ops = torch.ops.nllx
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Every test compiles its own functions, within the compiler's limit of recompilations."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Every kind of target, layout, reduction and dtype that can change what is traced, as small as it can be.
+_TRACED = {
+    "index_mean": Case("index_mean", "", (3, 5), ignored="some"),
+    "index_sum_smoothed": Case("index_sum", "", (3, 5), ignored="some", weight="positive", label_smoothing=0.1, reduction="sum"),
+    "index_none_planes": Case("index_none", "", (2, 5, 3), ignored="some", reduction="none", target_dtype=torch.int32),
+    "index_channels_last": Case("index_channels_last", "", (2, 5, 3, 2), layout="channels_last", ignored="some"),
+    "index_neither": Case("index_neither", "", (2, 5, 3, 2), layout="neither", weight="positive"),
+    "index_transposed": Case("index_transposed", "", (3, 5), layout="transposed"),
+    "index_expanded": Case("index_expanded", "", (3, 5), layout="expanded"),
+    "index_unbatched": Case("index_unbatched", "", (5,), reduction="none"),
+    "index_bfloat16": Case("index_bfloat16", "", (3, 5), dtype=torch.bfloat16, weight="positive", weight_dtype=torch.float32),
+    "index_ignored_nan": Case("index_ignored_nan", "", (4, 5), special="nan_row", ignored="some", same_as_torch=False),
+    "probabilities_mean": Case("probabilities_mean", "", (3, 5), target="probabilities"),
+    "probabilities_none": Case("probabilities_none", "", (2, 5, 3), target="probabilities", weight="positive", reduction="none"),
+    "probabilities_double": Case("probabilities_double", "", (3, 5), target="probabilities", target_dtype=torch.float64),
+    "nll_mean": Case("nll_mean", "", (3, 5), op="nll_loss", ignored="some", weight="positive"),
+    "nll_none_planes": Case("nll_none_planes", "", (2, 5, 3, 2), op="nll_loss", ignored="some", reduction="none"),
+    "nll_half": Case("nll_half", "", (3, 5), op="nll_loss", dtype=torch.float16),
+    "log_softmax": Case("log_softmax", "", (3, 5), op="log_softmax"),
+    "log_softmax_planes": Case("log_softmax_planes", "", (2, 5, 3), op="log_softmax", dim=-2),
+    "log_softmax_transposed": Case("log_softmax_transposed", "", (2, 5, 3), op="log_softmax", layout="transposed"),
+    "log_softmax_cast": Case("log_softmax_cast", "", (3, 5), op="log_softmax", dtype=torch.bfloat16, out_dtype=torch.float32),
+}  # fmt: skip
+_traced = pytest.mark.parametrize("case", _TRACED.values(), ids=str)
+
+
+def _operator_calls(problem: Problem) -> dict[Any, tuple[Any, ...]]:
+    """The operators that a problem runs through, with their arguments: the whole, the forward and the backward."""
+    case, arguments = problem.case, problem.op_arguments()
+    if case.op == "log_softmax":
+        x = problem.input.detach() if case.out_dtype is None else problem.input.detach().to(case.out_dtype)
+        output = ops.log_softmax_forward(x, case.dim)
+        backward = (grad_output(case, output), output, case.dim)
+        return {ops.log_softmax: arguments, ops.log_softmax_forward: (x, case.dim), ops.log_softmax_backward: backward}
+    forward = getattr(ops, f"{case.op}_forward")
+    with torch.no_grad():
+        loss, *saved = forward(*arguments)
+    backward = (grad_output(case, loss), *arguments[:3], *saved, *arguments[3:])
+    return {getattr(ops, case.op): arguments, forward: arguments, getattr(ops, f"{case.op}_backward"): backward}
+
+
+@_traced
+def test_opcheck(case: Case, device: str) -> None:
+    for operator, arguments in _operator_calls(build(case, device).requires_grad()).items():
+        # The total weight and the log-sum-exp have no derivative: the forward operators are checked without a gradient.
+        if operator in (ops.cross_entropy_forward, ops.nll_loss_forward):
+            arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(operator.default, arguments)
+
+
+def _metadata(tensor: Tensor) -> tuple[Any, ...]:
+    """Dtype, shape, and the strides that are ever used."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()]
+    return tensor.dtype, tensor.shape, strides
+
+
+@pytest.mark.parametrize("case", select(lambda case: case.layout != "negative_bit"), ids=str)
+def test_without_data(case: Case) -> None:
+    """Meta tensors give dtype, shape and strides of the output and of the input's gradient."""
+
+    def describe(problem: Problem) -> list[Any]:
+        x = problem.input.detach().requires_grad_()
+        output = Problem(case, x, problem.target, problem.weight).call(nllx.functional)
+        (grad,) = torch.autograd.grad(output, x, torch.ones_like(output))
+        return [*map(_metadata, (output, grad))]
+
+    assert describe(build(case, "meta")) == describe(build(case))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it cannot pretend")
+@_traced
+def test_fake_tensors_of_another_device(case: Case) -> None:
+    with FakeTensorMode():
+        problem = build(case, "cpu")
+        tensors = [None if t is None else t.to("cuda") for t in (problem.input, problem.target, problem.weight)]
+        assert Problem(case, *tensors).call(nllx.functional).device.type == "cuda"
+
+
+def _compile(function: Callable[..., Any], backend: str = "inductor", **options: Any) -> Callable[..., Any]:
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def _check_against_eager(problems: list[Problem], backend: str, dynamic: bool | None) -> None:
+    """Compiles all problems as one function; outputs and gradients equal those of eager."""
+
+    def losses(tensors: list[tuple[Tensor | None, ...]]) -> list[Tensor]:
+        return [Problem(p.case, *t).call(nllx.functional) for p, t in zip(problems, tensors, strict=True)]
+
+    leaves = [problem.requires_grad() for problem in problems]
+    outputs = _compile(losses, backend, dynamic=dynamic)([(p.input, p.target, p.weight) for p in leaves])
+    incoming = [grad_output(p.case, output) for p, output in zip(problems, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, [tensor for p in leaves for tensor in p.differentiable], incoming)
+    expected = [answer(problem, nllx.functional) for problem in problems]
+    results = [*outputs, *grads]
+    eager = [e.output for e in expected] + [g for e in expected for g in e.grads]
+    # The compiler may fuse what is not a kernel of nllx: equal to a few roundings.
+    assert_close(results, eager, equal_nan=True)
+    assert [*map(_metadata, results)] == [*map(_metadata, eager)]
+
+
+@_traced
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traced_is_eager(case: Case, dynamic: bool, device: str) -> None:
+    _check_against_eager([build(case, device)], "aot_eager", dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_is_eager(dynamic: bool, device: str) -> None:
+    """One graph of all cases, since compiling costs seconds."""
+    _check_against_eager([build(case, device) for case in _TRACED.values()], "inductor", dynamic)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "probabilities", "nll_loss", "log_softmax"])
+def test_one_graph_for_all_sizes(op: str, device: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        if op == "log_softmax":
+            return nllx.functional.log_softmax(x, 1)
+        return (nllx.functional.nll_loss if op == "nll_loss" else nllx.functional.cross_entropy)(x, target)
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
+    for rows, classes, inner in ((4, 5, 3), (7, 12, 2), (33, 101, 6), (2, 3, 9)):
+        x = torch.randn(rows, classes, inner, device=device, requires_grad=True)
+        target = torch.randint(classes, (rows, inner), device=device)
+        target[0, 0] = -100
+        if op == "probabilities":
+            target = torch.rand(rows, classes, inner, device=device)
+        output, expected = compiled(x, target), loss(x, target)
+        assert_close(output, expected)
+        grad = torch.randn_like(output)
+        assert_close(torch.autograd.grad(output, x, grad), torch.autograd.grad(expected, x, grad))
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
+
+
+def test_range_is_checked_in_compiled_code(device: str) -> None:
+    """A check that the compiler could see would be removed with its unused result."""
+    if device == "cuda":
+        pytest.skip("an out-of-range target is reported later on CUDA")
+    compiled = _compile(nllx.functional.cross_entropy, "aot_eager")
+    x, good = torch.randn(3, 5, requires_grad=True), torch.tensor([0, -100, 4])
+    compiled(x, good)
+    with pytest.raises(IndexError, match=r"Target 5 is out of bounds"):
+        compiled(x, torch.tensor([0, 5, 4]))
+
+
+def test_compiled_training(device: str) -> None:
+    """A compiled step with modules, weights and padding trains like an eager one."""
+
+    def train(step: Callable[[Callable], Callable]) -> list[float]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)).to(device)
+        criterion = nllx.CrossEntropyLoss(torch.linspace(0.5, 2, 20), ignore_index=0, label_smoothing=0.1).to(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        forward = step(lambda tokens: criterion(net(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:]))
+        losses = []
+        for i in range(4):
+            tokens = torch.randint(20, (4, 6 + i), device=device)
+            loss = forward(tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    assert_close(train(_compile), train(lambda function: function))
+
+
+def test_compiled_autograd(device: str) -> None:
+    """The backward pass itself can be compiled."""
+    leaves = build(_TRACED["index_sum_smoothed"], device).requires_grad()
+    expected = answer(build(leaves.case, device), nllx.functional, torch.tensor(1.0)).grads[0]
+
+    def step(x: Tensor) -> None:
+        Problem(leaves.case, x, leaves.target, leaves.weight).call(nllx.functional).backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend="aot_eager")(leaves.input)
+    assert_close(leaves.input.grad, expected)
+
+
+@pytest.mark.parametrize("loss", [nllx.CrossEntropyLoss(torch.ones(5), label_smoothing=0.1), nllx.NLLLoss(reduction="none")], ids=str)
+def test_export(loss: torch.nn.Module) -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    x, target = torch.randn(3, 5), torch.tensor([1, 4, -100])
+    program = torch.export.export(loss, (x, target), dynamic_shapes=({0: batch}, {0: batch}))
+    x, target = torch.randn(7, 5), torch.tensor([1, 4, -100, 0, 0, 2, 3])
+    assert_close(program.module()(x, target), loss(x, target), rtol=0, atol=0)

@@ -1,0 +1,187 @@
+"""Compiles every CUDA source for every architecture and checks what ptxas says of the kernels.
+
+Fails where a kernel spills registers to memory or uses more of them than its budget below. Needs nvcc and the headers
+of any build of torch; no GPU, no CUDA build of torch.
+
+    python tools/check_cuda_kernels.py          # the table, exit status 1 on a failure
+    python tools/check_cuda_kernels.py --host   # compiles csrc's C++ sources instead, as a CUDA build would
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
+
+# The most registers a thread of each kernel may use, over all of its instantiations.
+REGISTER_BUDGETS: dict[str, int] = {}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one instantiation of a kernel takes: registers a thread, bytes spilled, bytes of static shared memory."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not shutil.which(nvcc):
+        sys.exit(f"nllx: there is no nvcc at {nvcc}: install the CUDA toolkit and set CUDA_HOME to it.")
+    return nvcc
+
+
+def torch_headers() -> list[str]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit("nllx: torch is not installed, and its headers (c10) are needed: run `make build` first.")
+    include = Path(spec.origin).parent / "include"
+    return [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{sysconfig.get_paths()['include']}"]
+
+
+def compile_source(nvcc: str, source: Path, arguments: list[str], object_file: Path) -> str:
+    """Compiles one source and returns what the compiler printed."""
+    command = [nvcc, "-std=c++17", "-O3", *torch_headers(), *arguments, "-c", str(source), "-o", str(object_file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{result.stdout}{result.stderr}\nnllx: {source} does not compile: {shlex.join(command)}")
+    return result.stdout + result.stderr
+
+
+def parse_ptxas(output: str, architecture: str) -> list[Usage]:
+    """The usage of every kernel in the output of `nvcc -Xptxas -v`."""
+    usages = []
+    for entry in re.split(r"ptxas info\s*: Compiling entry function ", output)[1:]:
+        mangled = re.match(r"'(\w+)'", entry)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        if not (mangled and spills and registers):
+            sys.exit(f"nllx: this output of ptxas is not understood:\n{entry}")
+        usages.append(
+            Usage(
+                kernel=kernel_name(mangled[1]),
+                architecture=architecture,
+                registers=int(registers[1]),
+                spilled=int(spills[1]) + int(spills[2]),
+                shared=int(shared[1]) if shared else 0,
+            )
+        )
+    return usages
+
+
+def kernel_name(mangled: str) -> str:
+    """The plain name in an Itanium-mangled one: the last of its leading length-prefixed names.
+
+    `_ZN4nllx4cuda15forward_kernelXIfEEvv` holds nllx, cuda and forward_kernelX; nvcc writes an anonymous namespace as
+    a name that starts with _GLOBAL__N_ or _INTERNAL_.
+    """
+    position = re.match(r"_ZN?", mangled)
+    if position is None:  # extern "C"
+        return mangled
+    name, at = mangled, position.end()
+    while length := re.match(r"\d+", mangled[at:]):
+        at += length.end()
+        name = mangled[at : at + int(length[0])]
+        at += int(length[0])
+    return name
+
+
+def failures(usages: Iterable[Usage]) -> list[str]:
+    """One sentence for every kernel and architecture that spills, is over its budget, or has none."""
+    found = []
+    for usage in usages:
+        budget = REGISTER_BUDGETS.get(usage.kernel)
+        where = f"{usage.kernel} on sm_{usage.architecture}"
+        if usage.spilled:
+            found.append(f"{where} spills {usage.spilled} bytes")
+        if budget is None:
+            found.append(f"{usage.kernel} has no register budget in {Path(__file__).name}")
+        elif usage.registers > budget:
+            found.append(f"{where} uses {usage.registers} registers, its budget is {budget}")
+    return sorted(set(found))
+
+
+def print_table(usages: list[Usage]) -> None:
+    by_kernel = defaultdict(list)
+    for usage in usages:
+        by_kernel[usage.kernel].append(usage)
+    width = max(map(len, by_kernel), default=6)
+    print("Registers a thread, the most over a kernel's instantiations")
+    architectures = [f"{'sm_' + architecture:>6}" for architecture in ARCHITECTURES]
+    print(f"{'kernel':{width}} {'count':>5} {'budget':>6}", *architectures, f"{'spills':>6} {'shared':>6}")
+    for kernel, its in sorted(by_kernel.items()):
+        most = [max((u.registers for u in its if u.architecture == a), default=0) for a in ARCHITECTURES]
+        count = sum(u.architecture == ARCHITECTURES[-1] for u in its)
+        print(
+            f"{kernel:{width}} {count:5} {REGISTER_BUDGETS.get(kernel, '-'):>6}",
+            *(f"{m:6}" for m in most),
+            f"{max(u.spilled for u in its):6} {max(u.shared for u in its):6}",
+        )
+
+
+def compile_host(nvcc: str, folder: str, pool: ThreadPoolExecutor) -> int:
+    """Compiles the C++ sources that include CUDA's headers or depend on NLLX_WITH_CUDA; returns how many."""
+    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cuda/*.cpp")])
+    names = ["NLLX_TORCH_VERSION", "NLLX_CUDA_VERSION", "NLLX_CUDA_ARCHITECTURES"]
+    macros = ["-DNLLX_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C", *(f'-D{name}=""' for name in names)]
+    list(pool.map(lambda source: compile_source(nvcc, source, macros, Path(folder, f"{source.name}.o")), sources))
+    return len(sources)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", action="store_true", help="compile csrc's C++ sources instead, as a CUDA build would")
+    arguments = parser.parse_args()
+    nvcc, start = find_nvcc(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        if arguments.host:
+            count = compile_host(nvcc, folder, pool)
+            print(f"{count} C++ sources compile for CUDA ({time.perf_counter() - start:.0f} s)")
+            return
+
+        sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
+        if not sources:
+            sys.exit("nllx: no CUDA source was found in csrc/cuda.")
+
+        def check(source: Path, architecture: str) -> list[Usage]:
+            target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+            object_file = Path(folder, f"{source.name}.{architecture}.o")
+            return parse_ptxas(compile_source(nvcc, source, [target, "-Xptxas", "-v"], object_file), architecture)
+
+        jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+        usages = [usage for found in pool.map(check, *zip(*jobs, strict=True)) for usage in found]
+
+    print_table(usages)
+    failed = failures(usages)
+    print(
+        f"{len(sources)} sources, {len(usages) // len(ARCHITECTURES)} kernels, {len(ARCHITECTURES)} architectures, "
+        f"{time.perf_counter() - start:.0f} s, {len(failed)} failures"
+    )
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The CUDA checks that need no GPU.
+#
+#   bash tools/cuda_check.sh STAGE...
+#
+#   build    the whole extension against torch's CUDA build, in .venv-cuda and a copy of the tree: compiled, linked,
+#            imported, and the CPU tests run there (a second version of torch); with less than 20 GB of disk free, and
+#            none of it installed, the sources are compiled against the headers of the CPU build of torch, and not linked
+#   kernels  registers and spills of every kernel for every architecture
+#   on-cpu   the kernels' logic on the CPU
+#
+# Run after `make build`, whose environment it takes. Where there is no nvcc, it comes as wheels into build/nvcc.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source build/environment.sh
+
+TORCH_WITH_CUDA=2.11.0
+NEEDED_GB=20
+environment=$PWD/.venv-cuda
+tree=$PWD/build/cuda-tree
+
+find_nvcc() {
+    if [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then return; fi
+    export CUDA_HOME=$PWD/build/nvcc/nvidia/cu13
+    if [ ! -x "$CUDA_HOME/bin/nvcc" ]; then
+        echo "There is no nvcc: installing requirements/nvcc.txt into build/nvcc"
+        python -m pip install --quiet --disable-pip-version-check --no-deps --target build/nvcc -r requirements/nvcc.txt
+        # The linker looks for an unversioned library in lib64.
+        ln -sfn lib "$CUDA_HOME/lib64"
+        ln -sf libcudart.so.13 "$CUDA_HOME/lib/libcudart.so"
+    fi
+}
+
+run_build() {
+    local free
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
+    if [ ! -e "$environment/nllx-requirements/dev.txt" ] && [ "$free" -lt $NEEDED_GB ]; then
+        echo "$free GB of disk are free and torch's CUDA build needs $NEEDED_GB: the C++ sources are compiled against a CPU build's headers and not linked."
+        python tools/check_cuda_kernels.py --host
+        return
+    fi
+    mkdir -p "$tree"
+    find "$tree" -mindepth 1 -maxdepth 1 -not -name build -exec rm -rf {} +
+    tar -cf - --exclude='./.*' --exclude=./build --exclude=__pycache__ --exclude='*.so' . | tar -xf - -C "$tree"
+    (
+        export VIRTUAL_ENV=$environment TORCH=$TORCH_WITH_CUDA NLLX_WITHOUT_CUDA=0 MAX_JOBS=${MAX_JOBS:-2}
+        unset CC CXX
+        make -C "$tree" build
+        cd "$tree"
+        source build/environment.sh
+        python -c '
+import torch, nllx
+from nllx._C import build_info
+info = build_info()
+print("torch", torch.__version__, "and nllx", nllx.__version__, "with CUDA", info["cuda"], "for", info["cuda_architectures"])
+assert info["cuda"] == torch.version.cuda, info'
+        # The kernels on the CPU do not depend on torch's version and have a stage of their own.
+        python -m pytest tests --ignore tests/cuda_on_cpu
+    )
+}
+
+run_kernels() {
+    python tools/check_cuda_kernels.py
+}
+
+run_on_cpu() {
+    python -m pytest tests/cuda_on_cpu
+}
+
+find_nvcc
+for stage in "$@"; do
+    case $stage in
+    build) run_build ;;
+    kernels) run_kernels ;;
+    on-cpu) run_on_cpu ;;
+    *) echo "cuda_check.sh: no stage '$stage' (build, kernels, on-cpu)" >&2 && exit 2 ;;
+    esac
+done
