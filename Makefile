@@ -25,7 +25,7 @@ demo: build
 	@$(run) -m demo $(ARGS)
 
 test: build
-	@$(run) -m pytest tests $(ARGS)
+	@$(run) -m pytest $(ARGS)
 
 bench: build
 	@$(run) -m benchmarks --quick $(ARGS)

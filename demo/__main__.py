@@ -95,8 +95,8 @@ def print_table(results: dict[str, tuple[Run, Run]]) -> None:
     gaps = (largest_difference(*pair) for pair in results.values())
     print(f"{'largest gap of the curves':30}" + "".join(f"{f'{gap:.1e} at step {step}':>22}" for gap, step in gaps))
     print(
-        "\nPeak memory is what tensors take beyond those there before: for the forward and backward of the loss, given\n"
-        "its logits, and for a whole step of training."
+        "\nPeak memory is what tensors take beyond those there before: in the forward and backward of the loss, given\n"
+        "its logits, and in a whole step of training."
     )
 
 

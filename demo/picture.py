@@ -2,20 +2,17 @@
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws into a file; needs no display
+from matplotlib.figure import Figure
 
 from .training import Run
-
-matplotlib.use("Agg")  # draws into a file; needs no display
-
-import matplotlib.pyplot as plt  # noqa: E402 (the choice of Agg comes first)
 
 
 def draw_curves(results: dict[str, tuple[Run, Run]], path: Path) -> None:
     """Draw both curves of every training, torch's and nllx's, and below them how far they are apart."""
-    figure, axes = plt.subplots(
-        2, len(results), figsize=(5 * len(results), 6), sharex="col", height_ratios=(2, 1), squeeze=False
-    )
+    figure = Figure(figsize=(5 * len(results), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(results), sharex="col", height_ratios=(2, 1), squeeze=False)
     for (name, (reference, run)), (curves, gap) in zip(results.items(), axes.T, strict=True):
         curves.plot(reference.losses, color="tab:orange", linewidth=4, alpha=0.5, label="torch.nn.CrossEntropyLoss")
         curves.plot(run.losses, color="black", linewidth=0.8, label="nllx.CrossEntropyLoss")
@@ -27,7 +24,5 @@ def draw_curves(results: dict[str, tuple[Run, Run]], path: Path) -> None:
         gap.set_ylim(bottom=0)
         gap.ticklabel_format(axis="y", scilimits=(0, 0))
         gap.set_xlabel("step")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -47,7 +47,7 @@ struct RowGradient {
 // Unit of work: a row by `threads_per_row` threads. 16-byte reads, and 16-byte writes where gradient and logits are equally
 // aligned. Precondition: class stride 1. Plan: cuda_plan_streaming, CudaFamily::kBlockRows.
 template <typename T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     cross_entropy_backward_rows_kernel(CrossEntropyBackward p, int threads_per_row, const void* mass, BadTarget* bad) {
   const int t = threadIdx.x % threads_per_row;
   const int64_t rows_per_block = blockDim.x / threads_per_row, rows = p.extent.rows();
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(256)
 // Unit of work: a tile of blockDim neighbouring rows of one plane, a thread each. Precondition: inner stride 1.
 // Plan: CudaFamily::kPlanes.
 template <typename T>
-__global__ void __launch_bounds__(256) cross_entropy_backward_planes_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
+__global__ void __launch_bounds__(256, 1) cross_entropy_backward_planes_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
   const int64_t tiles = (p.extent.inner + blockDim.x - 1) / blockDim.x;
   for (int64_t tile = blockIdx.x; tile < p.extent.outer * tiles; tile += gridDim.x) {
     const int64_t outer = tile / tiles, inner = (tile - outer * tiles) * blockDim.x + threadIdx.x;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(256) cross_entropy_backward_planes_kernel(Cros
 // A of each row, for probability targets, which need not sum to one. Units of work as above; `threads_per_row` up to 32, or
 // the whole block.
 template <typename T>
-__global__ void __launch_bounds__(512) probability_mass_rows_kernel(Extent extent, Targets targets, int threads_per_row, void* mass) {
+__global__ void __launch_bounds__(512, 1) probability_mass_rows_kernel(Extent extent, Targets targets, int threads_per_row, void* mass) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(acc, scratch, 32);
   const int t = threadIdx.x % threads_per_row;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(512) probability_mass_rows_kernel(Extent exten
   }
 }
 template <typename T>
-__global__ void __launch_bounds__(256) probability_mass_planes_kernel(Extent extent, Targets targets, void* mass) {
+__global__ void __launch_bounds__(256, 1) probability_mass_planes_kernel(Extent extent, Targets targets, void* mass) {
   using acc = typename AccOf<T>::type;
   const int64_t tiles = (extent.inner + blockDim.x - 1) / blockDim.x;
   for (int64_t tile = blockIdx.x; tile < extent.outer * tiles; tile += gridDim.x) {

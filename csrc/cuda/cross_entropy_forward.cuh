@@ -37,7 +37,7 @@ __device__ __forceinline__ IndexTarget<typename AccOf<T>::type> row_target(const
 // neighbouring logits. Reads each logit once and keeps it in a register, so the maximum is known before the sum.
 // Preconditions: classes ≤ threads_per_row * kValues, class stride 1. Plan: CudaFamily::kRegisterRows.
 template <typename T, int kValues>
-__global__ void __launch_bounds__(128) cross_entropy_forward_register_rows_kernel(CrossEntropyForward p, int threads_per_row, BadTarget* bad) {
+__global__ void __launch_bounds__(128, 1) cross_entropy_forward_register_rows_kernel(CrossEntropyForward p, int threads_per_row, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   const int lane = threadIdx.x % threads_per_row;
   const int64_t rows_per_block = blockDim.x / threads_per_row, rows = p.extent.rows(), classes = p.extent.classes;
@@ -102,7 +102,7 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
 // Unit of work: a row by a block. Reads each logit once, 16 bytes at a time. Precondition: class stride 1.
 // Plan: CudaFamily::kBlockRows.
 template <typename T>
-__global__ void __launch_bounds__(512) cross_entropy_forward_block_rows_kernel(CrossEntropyForward p, BadTarget* bad) {
+__global__ void __launch_bounds__(512, 1) cross_entropy_forward_block_rows_kernel(CrossEntropyForward p, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(RowState<acc>, scratch, 32);
   const int64_t rows = p.extent.rows(), classes = p.extent.classes;
@@ -145,7 +145,7 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_column(con
 // Unit of work: a tile of blockDim neighbouring rows of one plane, a thread each. Reads each logit once, neighbouring
 // threads at neighbouring addresses. Precondition: inner stride 1. Plan: CudaFamily::kPlanes.
 template <typename T>
-__global__ void __launch_bounds__(256) cross_entropy_forward_planes_kernel(CrossEntropyForward p, BadTarget* bad) {
+__global__ void __launch_bounds__(256, 1) cross_entropy_forward_planes_kernel(CrossEntropyForward p, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   const int64_t tiles = (p.extent.inner + blockDim.x - 1) / blockDim.x;
   for (int64_t tile = blockIdx.x; tile < p.extent.outer * tiles; tile += gridDim.x) {

@@ -8,7 +8,7 @@ namespace nllx {
 // Unit of work: a row by `threads_per_row` threads, up to 32 or the whole block. Precondition: class stride 1.
 // Plan: cuda_plan_rows.
 template <typename T>
-__global__ void __launch_bounds__(512) log_softmax_forward_rows_kernel(LogSoftmaxForward p, int threads_per_row) {
+__global__ void __launch_bounds__(512, 1) log_softmax_forward_rows_kernel(LogSoftmaxForward p, int threads_per_row) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(RowState<acc>, scratch, 32);
   const int t = threadIdx.x % threads_per_row;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(512) log_softmax_forward_rows_kernel(LogSoftma
 
 // Unit of work: a tile of neighbouring rows of one plane, a thread each. Plan: CudaFamily::kPlanes.
 template <typename T>
-__global__ void __launch_bounds__(256) log_softmax_forward_planes_kernel(LogSoftmaxForward p) {
+__global__ void __launch_bounds__(256, 1) log_softmax_forward_planes_kernel(LogSoftmaxForward p) {
   using acc = typename AccOf<T>::type;
   const int64_t tiles = (p.extent.inner + blockDim.x - 1) / blockDim.x, classes = p.extent.classes;
   for (int64_t tile = blockIdx.x; tile < p.extent.outer * tiles; tile += gridDim.x) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(256) log_softmax_forward_planes_kernel(LogSoft
 
 // gradient = g - exp(y) Σ g
 template <typename T>
-__global__ void __launch_bounds__(512) log_softmax_backward_rows_kernel(LogSoftmaxBackward p, int threads_per_row) {
+__global__ void __launch_bounds__(512, 1) log_softmax_backward_rows_kernel(LogSoftmaxBackward p, int threads_per_row) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(acc, scratch, 32);
   const int t = threadIdx.x % threads_per_row;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(512) log_softmax_backward_rows_kernel(LogSoftm
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256) log_softmax_backward_planes_kernel(LogSoftmaxBackward p) {
+__global__ void __launch_bounds__(256, 1) log_softmax_backward_planes_kernel(LogSoftmaxBackward p) {
   using acc = typename AccOf<T>::type;
   const int64_t tiles = (p.extent.inner + blockDim.x - 1) / blockDim.x, classes = p.extent.classes;
   for (int64_t tile = blockIdx.x; tile < p.extent.outer * tiles; tile += gridDim.x) {

@@ -7,7 +7,7 @@ namespace nllx {
 
 // Unit of work: a row by a thread, which reads one log-probability.
 template <typename T>
-__global__ void __launch_bounds__(256) nll_loss_forward_kernel(NllLossForward p, BadTarget* bad) {
+__global__ void __launch_bounds__(256, 1) nll_loss_forward_kernel(NllLossForward p, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < p.extent.rows();
        row += static_cast<int64_t>(gridDim.x) * blockDim.x) {
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(256) nll_loss_forward_kernel(NllLossForward p,
 // Writes each number of the gradient once: -k w_y at the target, zero elsewhere. Reads no log-probability. A thread per row
 // of a plane, or `threads_per_row` threads per row.
 template <typename T>
-__global__ void __launch_bounds__(256) nll_loss_backward_kernel(NllLossBackward p, int threads_per_row, BadTarget* bad) {
+__global__ void __launch_bounds__(256, 1) nll_loss_backward_kernel(NllLossBackward p, int threads_per_row, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   const bool planes = p.layout == Layout::kPlanes;
   const int rows_per_block = blockDim.x / threads_per_row, t = threadIdx.x % threads_per_row, r = threadIdx.x / threads_per_row;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void finish_reduction(const LossReduction& r, double 
 // The losses and weights of kRowsPerPartial rows by a block, in double and in fixed order; if there is one block, it
 // finishes. Weights are those of the targets, so that the forward kernels need not write them.
 template <typename T>
-__global__ void __launch_bounds__(512) loss_partials_kernel(LossReduction r, Extent extent, Targets targets, const void* row_loss, bool row_loss_is_acc) {
+__global__ void __launch_bounds__(512, 1) loss_partials_kernel(LossReduction r, Extent extent, Targets targets, const void* row_loss, bool row_loss_is_acc) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(double, scratch, 32);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRowsPerPartial;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(512) loss_partials_kernel(LossReduction r, Ext
 
 // The partial sums by one block, in fixed order.
 template <typename T>
-__global__ void __launch_bounds__(512) loss_total_kernel(LossReduction r, int64_t partials) {
+__global__ void __launch_bounds__(512, 1) loss_total_kernel(LossReduction r, int64_t partials) {
   SHARED_ARRAY(double, scratch, 32);
   double loss = 0, weight = 0;
   for (int64_t i = threadIdx.x; i < partials; i += blockDim.x) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(512) loss_total_kernel(LossReduction r, int64_
 }
 
 // The classes of a target as int64, zero where ignored or out of range.
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     checked_target_kernel(const void* target, IndexType type, int64_t n, int64_t classes, int64_t ignore_index, int64_t* out, BadTarget* bad) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t y = load_index(target, type, i);
