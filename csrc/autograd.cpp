@@ -42,37 +42,34 @@ void check_weight_gradient(const char* op, const Tensor& target, const OptionalT
               "cannot have requires_grad True: call weight.detach()");
 }
 
-// The statistics beside the loss (of each row, and the total weight) leave an autograd node like the loss does, but have no
-// derivative here. A gradient that arrives for one is an error, so that it is never dropped.
-void check_only_loss_has_gradient(const char* op, const variable_list& grads) {
-  for (size_t i = 1; i < grads.size(); ++i) {
-    TORCH_CHECK(!grads[i].defined(), op, ": output ", i, " is not differentiable; compute it with torch.logsumexp instead");
-  }
-}
-
 }  // namespace
 
 // ---- cross_entropy ----
+//
+// The statistics (of the rows, and the divisor of the mean) go to the backward and to the caller, but are no outputs of the
+// autograd node: they have no derivative, and marking them so would keep compiled autograd from tracing the node.
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing, OptionalDtype dtype) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                        int64_t reduction, int64_t ignore_index, double label_smoothing, OptionalDtype dtype,
+                        std::tuple<Tensor&, Tensor&> statistics) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, row_stats, total_weight] =
+    auto [row_stats, total_weight] = statistics;
+    Tensor loss;
+    std::tie(loss, row_stats, total_weight) =
         cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({logits, target, or_undefined(weight), row_stats, total_weight});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
-    return {loss, row_stats, total_weight};
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_only_loss_has_gradient("cross_entropy_forward", grads);
-    variable_list result(7);
+    variable_list result(8);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], saved[4],
@@ -97,9 +94,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
   }
-  const variable_list out =
-      CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  return {out[0], out[1], out[2]};
+  Tensor row_stats, total_weight;
+  const Tensor loss = CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing, dtype,
+                                                  std::tie(row_stats, total_weight));
+  return {loss, row_stats, total_weight};
 }
 
 Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -120,20 +118,21 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
 struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
-                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
+                        int64_t reduction, int64_t ignore_index, OptionalDtype dtype, std::tuple<Tensor&> statistics) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, total_weight] = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
+    auto [total_weight] = statistics;
+    Tensor loss;
+    std::tie(loss, total_weight) = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({log_probs, target, or_undefined(weight), total_weight});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
-    return {loss, total_weight};
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_only_loss_has_gradient("nll_loss_forward", grads);
-    variable_list result(6);
+    variable_list result(7);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     result[0] = nll_loss_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], ctx->saved_data["reduction"].toInt(),
@@ -155,8 +154,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
   }
-  const variable_list out = NllLossFunction::apply(log_probs, target, weight, reduction, ignore_index, dtype);
-  return {out[0], out[1]};
+  Tensor total_weight;
+  const Tensor loss = NllLossFunction::apply(log_probs, target, weight, reduction, ignore_index, dtype, std::tie(total_weight));
+  return {loss, total_weight};
 }
 
 Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,

@@ -6,6 +6,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#ifdef NLLX_WITH_CUDA
+#include "cuda/bad_target.h"
+#endif
+
 namespace nllx {
 
 using at::Tensor;
@@ -60,6 +64,13 @@ TORCH_LIBRARY(nllx, m) {
   // For the definitions: the classes of `target` as int64, 0 where it is ignore_index; IndexError where it is neither. A
   // check that Python made would be removed by torch.compile.
   m.def("_checked_target(Tensor target, SymInt classes, int ignore_index) -> Tensor");
+
+  // Raises IndexError for a class index out of range that a kernel has met on a GPU and nothing has raised yet.
+  m.def("_check_errors() -> ()", [] {
+#ifdef NLLX_WITH_CUDA
+    raise_pending_bad_target();
+#endif
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,

@@ -77,7 +77,7 @@ def print_table(results: dict[str, tuple[Run, Run]]) -> None:
     rows = [
         ("training loss, last tenth", [f"{run.final_loss:.5f}" for run in runs]),
         *(
-            (f"held-out {name}", [f"{run.scores[name]:.4g}" if name in run.scores else "" for run in runs])
+            (f"held-out {name}", [f"{run.scores[name]:.4g}" if name in run.scores else "–" for run in runs])
             for name in score_names
         ),
         ("loss forward, median, ms", [f"{1e3 * median(run.forward_times):.3f}" for run in runs]),

@@ -27,10 +27,10 @@ def build_model() -> nn.Module:
         nn.GELU(),
         nn.Conv2d(32, 64, 3, padding=1, stride=2),
         nn.GELU(),
-        nn.Conv2d(64, 64, 3, padding=1, stride=2),
+        nn.Conv2d(64, 64, 3, padding=1),
         nn.GELU(),
         nn.Flatten(),
-        nn.Linear(64 * 2 * 2, 10),
+        nn.Linear(64 * 4 * 4, 10),
     )
 
 
@@ -52,6 +52,6 @@ def digits_task() -> Task:
         description=f"{len(labels)} + {len(test_labels)} images of 8 × 8 pixels, logits ({BATCH_SIZE}, 10)",
         batches=batches,
         build_model=build_model,
-        build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        build_optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
         evaluate=evaluate,
     )

@@ -8,7 +8,8 @@ from nllx._library import load as _load
 _load()
 
 from nllx import functional  # noqa: E402  (needs the operators that _load registers)
-from nllx.version import __version__  # noqa: E402
+from nllx._errors import check_errors  # noqa: E402
 from nllx.modules import CrossEntropyLoss, LogSoftmax, NLLLoss  # noqa: E402
+from nllx.version import __version__  # noqa: E402
 
-__all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "__version__", "functional"]
+__all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "__version__", "check_errors", "functional"]

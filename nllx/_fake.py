@@ -30,7 +30,7 @@ def row_shape(input: Tensor) -> list[int]:
 
 
 def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool) -> None:
-    """Raises what the kernels raise for shapes and dtypes that do not fit (csrc/checks.cpp)."""
+    """Raises what the kernels raise for shapes, dtypes and devices that do not fit (csrc/checks.cpp)."""
     if input.dim() == 0:
         raise (IndexError if op == "cross_entropy" else ValueError)(f"{op}: expected 1 or more dimensions (got 0)")
     if input.dtype not in (torch.float32, torch.float64, *HALF):
@@ -62,6 +62,12 @@ def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, 
             target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
             lambda: f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {target.dtype}; "
             "call target.long()",
+        )
+    for name, tensor in (("target", target), ("weight", weight)):
+        torch._check(
+            tensor is None or tensor.device == input.device,
+            lambda name=name, tensor=tensor: f"{op}: Expected all tensors to be on the same device, but found at least two "
+            f"devices, {input.device} and {tensor.device} ({name})",
         )
     if weight is not None:
         classes = input.shape[class_dim(input)]

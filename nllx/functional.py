@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.nn.functional import _get_softmax_dim
+from torch.overrides import has_torch_function_unary
 
 __all__ = ["cross_entropy", "log_softmax", "nll_loss"]
 
@@ -13,6 +18,27 @@ __all__ = ["cross_entropy", "log_softmax", "nll_loss"]
 _cross_entropy = torch.ops.nllx.cross_entropy.default
 _nll_loss = torch.ops.nllx.nll_loss.default
 _log_softmax = torch.ops.nllx.log_softmax.default
+
+
+def _check_tensors(op: str, **tensors: Any) -> None:
+    """Raises torch's TypeError for arguments that are no tensors; torch.ops would raise RuntimeError."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not has_torch_function_unary(value):
+            if name != "weight" or value is not None:
+                raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def _integer(op: str, name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}") from None
+
+
+def _real(op: str, name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
+    return float(value)
 
 
 def cross_entropy(
@@ -62,10 +88,16 @@ def cross_entropy(
         IndexError: a class index is out of range; the message names position and value.
         ValueError: the batch sizes differ, or ``reduction`` is unknown.
         RuntimeError: another shape, dtype, device or option does not fit.
+        TypeError: an argument has another Python type.
         NotImplementedError: ``input`` is not floating point.
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    _check_tensors("cross_entropy", input=input, target=target, weight=weight)
+    if type(ignore_index) is not int:
+        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
     return _cross_entropy(input, target, weight, _Reduction.get_enum(reduction), ignore_index, label_smoothing)
 
 
@@ -95,10 +127,13 @@ def nll_loss(
         A scalar, or with ``"none"`` a tensor of the shape of ``target``, in the dtype of ``input``; float32 under autocast.
 
     Raises:
-        IndexError, ValueError, RuntimeError, NotImplementedError: as in :func:`cross_entropy`.
+        IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`.
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    _check_tensors("nll_loss", input=input, target=target, weight=weight)
+    if type(ignore_index) is not int:
+        ignore_index = _integer("nll_loss", "ignore_index", ignore_index)
     return _nll_loss(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
 
 
@@ -125,6 +160,9 @@ def log_softmax(
         IndexError: ``dim`` is out of range.
         NotImplementedError: the dtype that is computed in is not floating point.
     """
+    _check_tensors("log_softmax", input=input)
     if dim is None:
         dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    if type(dim) is not int:
+        dim = _integer("log_softmax", "dim", dim)
     return _log_softmax(input, dim, dtype)

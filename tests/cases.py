@@ -129,14 +129,17 @@ class Problem:
         """Contiguous copies on the CPU that torch's losses take: class indices in int64, their weights in the input's
         dtype; with dtype, all floating tensors in it."""
 
-        def convert(tensor: Tensor | None, to: torch.dtype) -> Tensor | None:
-            return None if tensor is None else torch.empty(tensor.shape, dtype=to).copy_(tensor.detach())
+        def convert(tensor: Tensor | None, to: torch.dtype | None) -> Tensor | None:
+            return (
+                None if tensor is None else torch.empty(tensor.shape, dtype=to or tensor.dtype).copy_(tensor.detach())
+            )
 
-        if self.case.has_probabilities or self.target is None:
-            dtypes = [dtype or (torch.float32 if t is None else t.dtype) for t in (self.input, self.target, self.weight)]
-        else:
-            dtypes = [dtype or self.input.dtype, int64, dtype or self.input.dtype]
-        tensors = map(convert, (self.input, self.target, self.weight), dtypes)
+        index = self.target is not None and not self.case.has_probabilities
+        tensors = (
+            convert(self.input, dtype),
+            convert(self.target, int64 if index else dtype),
+            convert(self.weight, dtype or (self.input.dtype if index else None)),
+        )
         return Problem(self.case, *tensors)  # type: ignore[arg-type]
 
     def call(self, functional: Any) -> Tensor:
@@ -324,7 +327,7 @@ def build(case: Case, device: str | torch.device = "cpu") -> Problem:
     if case.special:
         SPECIALS[case.special](logits, index, probabilities)
     if case.ignored:
-        chosen = torch.rand(rows, generator=generator) < (0.3 if case.ignored == "some" else 1.0)
+        chosen = torch.rand(rows, generator=generator, dtype=float64) < (0.3 if case.ignored == "some" else 1.0)
         chosen[1:2] = True  # the row that SPECIALS change
         index[chosen] = case.ignore_index
 

@@ -31,17 +31,18 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    kept, skipped = [], {}
+    kept: list[pytest.Item] = []
+    skipped: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
-        device = item.callspec.params.get("device") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-        reason = _missing(device) if device else None
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        reason = _missing(parameters.get("device", "cpu"))
         if reason is None:
             kept.append(item)
             continue
-        first = skipped.setdefault((item.path, item.originalname, device), [])
-        first.append(item)
-        if len(first) == 1:
+        group = skipped.setdefault((item.path, item.originalname, reason), [])
+        if not group:
             kept.append(item)
-    for same in skipped.values():
-        same[0].add_marker(pytest.mark.skip(reason=f"{_missing('cuda')}: {len(same)} cases not run"))
+        group.append(item)
+    for (_, _, reason), group in skipped.items():
+        group[0].add_marker(pytest.mark.skip(reason=f"{reason}: {len(group)} cases not run"))
     items[:] = kept

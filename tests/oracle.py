@@ -153,9 +153,9 @@ def check_against_torch(case: Case, actual: Answer) -> None:
     """The largest errors of output and gradients are no larger than those of torch in the same dtypes: up to two units
     in the last place of the terms, and the rounding of the result."""
     theirs, correct = answer(build(case).for_torch(), torch.nn.functional), exact(case)
-    wanted = [correct.output, *correct.grads]
+    got_their_want = zip(*([a.output, *a.grads] for a in (actual, theirs, correct)), strict=True)
     terms = [*_terms(case), *map(_largest, correct.grads[1:])]
-    for got, their, want, size in zip([actual.output, *actual.grads], [theirs.output, *theirs.grads], wanted, terms, strict=True):
+    for (got, their, want), size in zip(got_their_want, terms, strict=True):
         error, torchs = _largest(got.cpu().double() - want), _largest(their.double() - want)
         rounding = 0.5 * epsilon(_rounded_to(case, got)) * _largest(want)
         slack = 2 * epsilon(accumulation(case.dtype, got.dtype)) * size + rounding

@@ -27,7 +27,8 @@ def _function(problem: Problem):
     leaves = problem.requires_grad()
 
     def loss(*tensors: Tensor) -> Tensor:
-        return Problem(problem.case, *(*tensors, *(leaves.target, leaves.weight)[len(tensors) - 1 :])).call(nllx.functional)
+        rest = (leaves.target, leaves.weight)[len(tensors) - 1 :]
+        return Problem(problem.case, *tensors, *rest).call(nllx.functional)
 
     return loss, tuple(leaves.differentiable)
 
@@ -151,7 +152,10 @@ _INCOMING = {
     "stepped": (Case("rows", shape=(4, 6), **_NONE), lambda d: torch.randn(8, device=d)[::2]),
     "negative_bit": (Case("rows", shape=(4, 6), **_NONE), lambda d: torch._neg_view(torch.randn(4, device=d))),
     "transposed": (Case("planes", shape=(2, 6, 3), **_NONE), lambda d: torch.randn(3, 2, device=d).t()),
-    "expanded_planes": (Case("image", shape=(2, 6, 3, 4), **_NONE), lambda d: torch.randn(3, 1, device=d).expand(2, 3, 4)),
+    "expanded_planes": (
+        Case("image", shape=(2, 6, 3, 4), **_NONE),
+        lambda d: torch.randn(3, 1, device=d).expand(2, 3, 4),
+    ),
     "nll_loss": (Case("nll", shape=(2, 6, 3), op="nll_loss", **_NONE), lambda d: torch.randn(3, 2, device=d).t()),
     "probabilities": (
         Case("probabilities", shape=(2, 6, 3), target="probabilities", weight="positive", **_NONE),

@@ -72,13 +72,15 @@ def _by_formula(problem: Problem) -> tuple[list[float], float, list[list[float]]
 @pytest.mark.parametrize(
     "case",
     select(
-        lambda case: case.op != "log_softmax"
-        and 0 < case.numel <= 12_000
-        and case.special in ("", "masked", "nan_row", "zero_weight_target_masked")
-        and not (case.special == "nan_row" and not case.ignored)
-        and not (case.special == "masked" and case.label_smoothing)
-        and case.weight != "nan_unused"
-        and case.scale < 1e4
+        lambda case: (
+            case.op != "log_softmax"
+            and 0 < case.numel <= 12_000
+            and case.special in ("", "masked", "nan_row", "zero_weight_target_masked")
+            and not (case.special == "nan_row" and not case.ignored)
+            and not (case.special == "masked" and case.label_smoothing)
+            and case.weight != "nan_unused"
+            and case.scale < 1e4
+        )
     ),
     ids=str,
 )

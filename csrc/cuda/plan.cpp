@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <cstddef>
+
 namespace nllx {
 
 namespace {

@@ -1,0 +1,39 @@
+// The launches and plans of csrc/cuda under C names: the address of each, null where the library is built without it, and the
+// sizes of the structs that they take.
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#define EXPORT_FUNCTION(name)                         \
+  namespace nllx {                                    \
+  extern decltype(name) name __attribute__((weak));   \
+  }                                                   \
+  EXPORT void* name;                                  \
+  void* name = reinterpret_cast<void*>(&nllx::name);
+
+EXPORT_FUNCTION(launch_cross_entropy_forward)
+EXPORT_FUNCTION(launch_cross_entropy_backward)
+EXPORT_FUNCTION(launch_nll_loss_forward)
+EXPORT_FUNCTION(launch_nll_loss_backward)
+EXPORT_FUNCTION(launch_loss_reduction)
+EXPORT_FUNCTION(launch_log_softmax_forward)
+EXPORT_FUNCTION(launch_log_softmax_backward)
+EXPORT_FUNCTION(launch_checked_target)
+EXPORT_FUNCTION(cuda_plan_reduction)
+EXPORT_FUNCTION(cuda_plan_rows)
+EXPORT_FUNCTION(cuda_plan_streaming)
+
+#define EXPORT_SIZE(name)          \
+  EXPORT const int64_t sizeof_##name; \
+  const int64_t sizeof_##name = sizeof(nllx::name);
+
+EXPORT_SIZE(CrossEntropyForward)
+EXPORT_SIZE(CrossEntropyBackward)
+EXPORT_SIZE(NllLossForward)
+EXPORT_SIZE(NllLossBackward)
+EXPORT_SIZE(LogSoftmaxForward)
+EXPORT_SIZE(LogSoftmaxBackward)
+EXPORT_SIZE(LossReduction)
+EXPORT_SIZE(BadTarget)
+EXPORT_SIZE(CudaPlan)

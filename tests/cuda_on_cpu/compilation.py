@@ -1,0 +1,97 @@
+"""Compiles the CUDA kernels for the CPU, with g++ and the undefined-behaviour sanitizer, into shared libraries.
+
+What is built lies in ``build/cuda_on_cpu`` under a hash of its sources, so that it is built once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CACHE = HERE.parents[1] / "build" / "cuda_on_cpu"
+INCLUDE = HERE / "include"
+
+COMPILE = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fsanitize=undefined",
+    # Several libraries with the same names are loaded into one process.
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+]
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The path of g++, or None."""
+    return shutil.which("g++")
+
+
+@functools.cache
+def _identity() -> str:
+    """What the compiler makes of the same sources may differ by this."""
+    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, check=True).stdout
+    return "\n".join([version, torch.__version__, *COMPILE])
+
+
+def _hash(parts: Iterable[bytes | str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+
+
+def _object(source: Path, folders: Sequence[Path]) -> Path:
+    """The object of a source, whose headers are those of folders."""
+    headers = sorted(path for folder in folders for path in [*folder.rglob("*.h"), *folder.rglob("*.cuh")])
+    parts = [_identity(), source.name, source.read_bytes()]
+    for header in headers:
+        parts += [header.name, header.read_bytes()]
+    made = CACHE / "objects" / f"{source.stem}-{_hash(parts)}.o"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}")
+        # torch's headers define the half types, which nvcc brings along.
+        system = ["-isystem", Path(torch.__file__).parent / "include"]
+        includes = [flag for folder in folders for flag in ("-I", folder)]
+        _run([str(compiler()), *COMPILE, *includes, *system, "-x", "c++", "-c", source, "-o", partial])
+        partial.rename(made)
+    return made
+
+
+def library(sources: Iterable[Path], csrc: Path = CSRC) -> Path:
+    """A shared library of the emulator and sources, which may include the headers of csrc and those of CUDA."""
+    objects = [_object(HERE / "cuda_emulator.cpp", [INCLUDE])]
+    objects += [_object(source, [INCLUDE, csrc]) for source in sources]
+    made = CACHE / f"{_hash(path.name for path in objects)}.so"
+    if not made.exists():
+        partial = made.with_suffix(f".{os.getpid()}")
+        # Without the sanitizer's static library its shared one has to be where the loader looks.
+        static = subprocess.run([str(compiler()), "-print-file-name=libubsan.a"], capture_output=True, text=True).stdout
+        runtime = ["-static-libubsan"] if Path(static.strip()).is_absolute() else []
+        _run([str(compiler()), "-shared", "-fsanitize=undefined", *runtime, *objects, "-o", partial])
+        partial.rename(made)
+    return made
+
+
+def kernels_library(csrc: Path = CSRC, launches: Sequence[str] | None = None) -> Path:
+    """The library of ``bindings.cpp``: all launches of csrc/cuda, or those of the named sources."""
+    units = sorted((csrc / "cuda").glob("*.cu")) if launches is None else [csrc / "cuda" / name for name in launches]
+    return library([HERE / "bindings.cpp", csrc / "cuda" / "plan.cpp", *units], csrc)

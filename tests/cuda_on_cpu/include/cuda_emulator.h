@@ -1,0 +1,167 @@
+// Runs CUDA kernels on the CPU, to test what they compute. A thread is a fiber; one block runs at a time, and fibers switch
+// only where a thread waits: at barriers and warp collectives. Which one goes on is set by `order`.
+//
+// Shared memory is filled with 0xff before each block, which is NaN for floating types: a read before the write shows.
+// Threads that wait for each other for ever, and collectives used against their rules, end the launch with a message.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+// __shared__ is left undefined: a variable declared by it, and not by SHARED_ARRAY, would not be filled.
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_emulator {
+
+// The thread that runs, and its block.
+extern uint3 thread_index, block_index;
+extern dim3 block_dim, grid_dim;
+extern unsigned lane;
+
+// 0: ascending blocks, warps and lanes, each warp as far as it gets. 1: the same descending. Others: random, with this seed.
+extern uint64_t order;
+// If not 0, grids are cut to so many blocks, so that kernels whose blocks walk over their work have to.
+extern unsigned most_blocks;
+
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*body)(const void*), const void* arguments);
+void add_shared(void* p, size_t bytes);
+
+enum class Vote { kNone, kCount, kOr, kAnd };
+int block_barrier(const char* name, Vote vote, int predicate);
+
+enum class Collective { kSync, kShuffle, kBallot };
+// The result of a collective of the lanes of `mask` for this lane. `source`: of a shuffle.
+uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint64_t value, unsigned source);
+
+template <typename T>
+T shuffle(const char* name, unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA shuffles registers of 32 and 64 bits");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = warp_collective(name, Collective::kShuffle, mask, bits, source);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// The first lane of this lane's group of `width`.
+inline unsigned group(int width) { return lane & ~static_cast<unsigned>(width - 1); }
+
+template <typename T, size_t n>
+struct SharedArray {
+  alignas(16) T values[n];
+  SharedArray() { add_shared(values, sizeof(values)); }
+};
+
+template <typename Body>
+void call(const void* body) {
+  (*static_cast<const Body*>(body))();
+}
+
+template <typename Kernel, typename... Args>
+void launch_kernel(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t dynamic_shared, Args... args) {
+  const auto body = [&] { kernel(args...); };
+  launch(name, grid, block, dynamic_shared, &call<decltype(body)>, &body);
+}
+
+}  // namespace cuda_emulator
+
+#define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  cuda_emulator::launch_kernel(#kernel, [](auto... a) { kernel(a...); }, grid, block, smem, __VA_ARGS__)
+#define SHARED_ARRAY(T, name, n)                          \
+  static cuda_emulator::SharedArray<T, n> name##_storage; \
+  T(&name)[n] = name##_storage.values
+
+#define threadIdx (cuda_emulator::thread_index)
+#define blockIdx (cuda_emulator::block_index)
+#define blockDim (cuda_emulator::block_dim)
+#define gridDim (cuda_emulator::grid_dim)
+constexpr int warpSize = 32;
+
+inline void __syncthreads() { cuda_emulator::block_barrier("__syncthreads", cuda_emulator::Vote::kNone, 0); }
+inline int __syncthreads_count(int p) {
+  return cuda_emulator::block_barrier("__syncthreads_count", cuda_emulator::Vote::kCount, p);
+}
+inline int __syncthreads_or(int p) { return cuda_emulator::block_barrier("__syncthreads_or", cuda_emulator::Vote::kOr, p); }
+inline int __syncthreads_and(int p) { return cuda_emulator::block_barrier("__syncthreads_and", cuda_emulator::Vote::kAnd, p); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  cuda_emulator::warp_collective("__syncwarp", cuda_emulator::Collective::kSync, mask, 0, 0);
+}
+inline unsigned __ballot_sync(unsigned mask, int p) {
+  using namespace cuda_emulator;
+  return static_cast<unsigned>(warp_collective("__ballot_sync", Collective::kBallot, mask, p != 0, 0));
+}
+inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
+inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
+  using namespace cuda_emulator;
+  return shuffle("__shfl_sync", mask, v, group(width) | (source & (width - 1)));
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
+  using namespace cuda_emulator;
+  const unsigned source = lane ^ bits;
+  return shuffle("__shfl_xor_sync", mask, v, source < group(width) + width ? source : lane);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32) {
+  using namespace cuda_emulator;
+  return shuffle("__shfl_down_sync", mask, v, lane + delta < group(width) + width ? lane + delta : lane);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32) {
+  using namespace cuda_emulator;
+  return shuffle("__shfl_up_sync", mask, v, lane >= group(width) + delta ? lane - delta : lane);
+}
+
+// One fiber runs at a time, so that atomics are plain and fences nothing.
+template <typename T>
+T atomicAdd(T* p, T v) {
+  const T old = *p;
+  *p = old + v;
+  return old;
+}
+template <typename T>
+T atomicMax(T* p, T v) {
+  const T old = *p;
+  if (v > old) *p = v;
+  return old;
+}
+template <typename T>
+T atomicCAS(T* p, T compare, T v) {
+  const T old = *p;
+  if (old == compare) *p = v;
+  return old;
+}
+inline void __threadfence_block() {}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
+
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+void __stcs(T* p, T v) {
+  *p = v;
+}

@@ -1,0 +1,100 @@
+"""Results are the same, bit for bit, for any number of threads, on every run, wherever a tensor starts in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Case, Problem, build, select
+from oracle import answer
+from torch import Tensor
+
+import nllx
+
+# More than one partition of rows, of tiles of a plane, and of both, so that threads share the work.
+_LARGE = [
+    Case("many_rows", "", (20_011, 10), ignored="some", weight="positive", label_smoothing=0.1),
+    Case("many_rows_sum", "", (20_011, 10), reduction="sum", dtype=torch.bfloat16),
+    Case("wide_rows", "", (37, 30_011), ignored="some"),
+    Case("planes", "", (3, 19, 4001), ignored="some", weight="positive"),
+    Case("one_plane", "", (1, 7, 70_001)),
+    Case("channels_last", "", (2, 21, 64, 65), layout="channels_last", weight="positive"),
+    Case("neither", "", (3, 21, 33, 65), layout="neither"),
+    Case("probabilities", "", (4_001, 33), target="probabilities", weight="positive", label_smoothing=0.1),
+    Case("probability_planes", "", (3, 19, 2001), target="probabilities"),
+    Case("nll_loss", "", (50_021, 10), op="nll_loss", weight="positive", ignored="some"),
+    Case("nll_loss_planes", "", (3, 19, 4001), op="nll_loss", weight="positive", ignored="some"),
+    Case("log_softmax", "", (4_001, 33), op="log_softmax"),
+    Case("log_softmax_planes", "", (3, 19, 4001), op="log_softmax"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _results(problem: Problem) -> list[Tensor]:
+    """Output and gradient of the input, as bytes, since NaN is not equal to itself."""
+    problem = Problem(problem.case, problem.input.detach().requires_grad_(), problem.target, problem.weight)
+    output = problem.call(nllx.functional)
+    (gradient,) = torch.autograd.grad(output, problem.input, torch.full_like(output, 0.7))
+    return [t.detach().contiguous().cpu().flatten().view(torch.uint8) for t in (output, gradient)]
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", _LARGE, ids=str)
+def test_number_of_threads(case: Case) -> None:
+    problem, results = build(case), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(_results(problem))
+    for other in results[1:]:
+        assert _equal(results[0], other)
+
+
+@pytest.mark.parametrize("case", _LARGE, ids=str)
+def test_repeated_runs(case: Case, device: str) -> None:
+    problem = build(case, device)
+    first = _results(problem)
+    for _ in range(3):
+        assert _equal(first, _results(problem))
+
+
+@pytest.mark.parametrize("case", select(lambda case: case.layout == "contiguous" and case.numel < 20_000), ids=str)
+def test_start_of_the_storage(case: Case) -> None:
+    """Where vectors begin does not change what is added to what."""
+    problem = build(case)
+    first = _results(problem)
+    for offset in (1, 3):
+        buffer = problem.input.new_empty(case.numel + offset)
+        buffer[offset:] = problem.input.flatten()
+        moved = Problem(case, buffer[offset:].view(case.shape), problem.target, problem.weight)
+        assert _equal(first, _results(moved))
+
+
+@pytest.mark.parametrize("case", _LARGE, ids=str)
+def test_rows_do_not_depend_on_their_neighbours(case: Case) -> None:
+    """A loss of a batch is that of its rows, bit for bit: no row is summed differently for its place."""
+    if case.reduction != "none" and case.op != "log_softmax":
+        case = dataclasses.replace(case, reduction="none")
+    whole = build(case)
+    output = whole.call(nllx.functional)
+    for i in (0, case.shape[0] // 2, case.shape[0] - 1):
+        part = whole.target[i : i + 1] if whole.target is not None else None
+        alone = Problem(case, whole.input[i : i + 1], part, whole.weight).call(nllx.functional)
+        assert torch.equal(alone[0], output[i])
+
+
+def test_gradients_of_probabilities_repeat(device: str) -> None:
+    problem = build(_LARGE[7], device)
+    first, second = (answer(problem, nllx.functional).grads for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
