@@ -90,7 +90,7 @@ def main() -> None:
     with_cuda = torch.version.cuda is not None and os.environ.get("NLLX_WITHOUT_CUDA", "0") in ("", "0")
     macros: list[tuple[str, str | None]] = [("NLLX_TORCH_VERSION", f'"{torch.__version__}"')]
     sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    cxx = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    cxx = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     flags = {"cxx": cxx}
     if with_cuda:
         os.environ["CUDA_HOME"] = find_cuda(torch.version.cuda)
@@ -101,7 +101,7 @@ def main() -> None:
             ("NLLX_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("NLLX_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
         ]
-        flags["nvcc"] = ["-O3", "-std=c++17", "-lineinfo"]
+        flags["nvcc"] = ["-O3", "-lineinfo"]
     # Reads CUDA_HOME when it is imported.
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -112,7 +112,7 @@ def main() -> None:
         depends=[os.path.relpath(path, ROOT) for path in depends],
         define_macros=macros,
         extra_compile_args=flags,
-        # torch.nn's own OpenMP runtime serves at::parallel_for; the extension links none.
+        # at::parallel_for runs on the OpenMP runtime that torch brings; the extension links none of its own.
         extra_link_args=["-Wl,--strip-debug"] if sys.platform == "linux" else [],
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})

@@ -21,7 +21,7 @@ from .segmentation import segmentation_task
 from .training import Run, make_reproducible, train
 
 # The last bits of the two losses differ, and training carries that difference on and lets it grow. Exchanging torch's
-# loss for another order of the same sums moves these curves by up to 5e-6; a wrong gradient moves them by far more.
+# loss for another order of the same sums moves these curves by a few 1e-6; a wrong gradient moves them by far more.
 TOLERANCE = 1e-4
 LEARNED = 0.7  # of the first loss: a training that ends above it has not learned
 

@@ -83,7 +83,7 @@ def segmentation_task() -> Task:
         ),
         batches=batches,
         build_model=build_model,
-        build_optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=4e-3),
+        build_optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
         evaluate=evaluate,
         # Rare classes weigh more; the square root keeps the few pixels of a digit from outweighing everything else.
         loss_arguments={"weight": frequency.rsqrt() / frequency.rsqrt().mean()},

@@ -96,13 +96,17 @@ def train(task: Task, loss_function: Callable[..., nn.Module], label: str, devic
     return Run(losses, scores, forward_times, backward_times, total_time, loss_memory, step_memory)
 
 
-def _start(task: Task, loss_function: Callable[..., nn.Module], device: torch.device):
+def _start(
+    task: Task, loss_function: Callable[..., nn.Module], device: torch.device
+) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
     torch.manual_seed(SEED)
     model = task.build_model().to(device)
     return model, task.build_optimizer(model), loss_function(**task.loss_arguments).to(device)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, inputs: Tensor, target: Tensor):
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, inputs: Tensor, target: Tensor
+) -> tuple[float, float, float]:
     """One step of training. Returns the loss and the seconds that its forward and its backward took."""
     output = model(inputs)
     # Cutting the graph at the logits lets the backward pass of the loss be timed apart from the model's.
@@ -131,7 +135,7 @@ def peak_memory(action: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         action()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")

@@ -16,8 +16,8 @@ import nllx
 from nllx import _C
 
 # Error allowed against torch in float64, as a multiple of the dtype's epsilon, relative to the largest value. In float64
-# torch's own error counts too.
-TOLERANCE = {torch.float64: 64.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+# torch's own error counts too; in half precision log_softmax hands its rounded output to its backward, as torch does.
+TOLERANCE = {torch.float64: 64.0, torch.float32: 8.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 # Rows and planes, class counts around the vector widths and the GPU kernels' families.
 SHAPES = [(5,), (3, 2), (33, 10), (7, 257), (2, 5003), (2, 21, 9, 11), (1, 150, 40)]

@@ -329,6 +329,7 @@ def build(case: Case, device: str | torch.device = "cpu") -> Problem:
     if case.ignored:
         chosen = torch.rand(rows, generator=generator, dtype=float64) < (0.3 if case.ignored == "some" else 1.0)
         chosen[1:2] = True  # the row that SPECIALS change
+        chosen[:1] = case.ignored == "all"
         index[chosen] = case.ignore_index
 
     def arranged(values: Tensor, layout: str, dtype: torch.dtype) -> Tensor:

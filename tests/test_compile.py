@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from cases import Case, Problem, build, grad_output, select
 from oracle import answer
 from torch import Tensor
@@ -21,10 +22,12 @@ ops = torch.ops.nllx
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler():
-    """Every test compiles its own functions, within the compiler's limit of recompilations."""
+def _fresh_compiler() -> Iterator[None]:
+    """Every test compiles its own functions, within the compiler's limit of recompilations. No graph comes from a cache
+    on disk, whose keys do not see a change of nllx."""
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 

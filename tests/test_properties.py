@@ -56,6 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def _allowed(layout: str, shape: tuple[int, ...]) -> bool:
     ranks = {"class_slice": 2, "expanded_classes": 2, "neither": 3, "expanded_inner": 3}
+    ranks |= {"channels_last": 2, "channels_last_padded": 2}
     return len(shape) >= ranks.get(layout, 1)
 
 

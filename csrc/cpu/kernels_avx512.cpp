@@ -6,6 +6,10 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
+#if !defined(__clang__)
+// GCC's own header passes an undefined vector where every lane is written (PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #define NLLX_CAPABILITY avx512
 #define NLLX_VECTOR_BYTES 64
 #include "kernels.inl"

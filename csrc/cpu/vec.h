@@ -3,11 +3,13 @@
 // linkage, since a function shared between units could be linked as its AVX-512 copy for everyone.
 #pragma once
 
+// NLLX_VECTOR_BYTES, and not __AVX2__ or __AVX512F__, selects the intrinsics: a target set in the source does not define
+// those macros in every compiler (GCC 12 reads all of a C++ file before it acts on the pragma).
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if NLLX_VECTOR_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -133,9 +135,9 @@ NLLX_INLINE Vec<float> load(const bfloat16* p) {
   return bit_cast<Vec<float>>(__builtin_convertvector(h, vec_u32) << 16);
 }
 NLLX_INLINE Vec<float> load(const float16* p) {
-#if defined(__AVX512F__)
+#if NLLX_VECTOR_BYTES == 64
   return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(__AVX2__)
+#elif NLLX_VECTOR_BYTES == 32
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   Vec<float> v;
@@ -154,10 +156,10 @@ NLLX_INLINE void store(bfloat16* p, Vec<float> v) {
   memcpy(p, &h, sizeof h);
 }
 NLLX_INLINE void store(float16* p, Vec<float> v) {
-#if defined(__AVX512F__)
+#if NLLX_VECTOR_BYTES == 64
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
+#elif NLLX_VECTOR_BYTES == 32
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -179,7 +181,7 @@ NLLX_INLINE void store_first(T* p, Vec<typename AccOf<T>::type> v, int n) {
   memcpy(p, lanes, sizeof(T) * static_cast<size_t>(n));
 }
 
-#if defined(__AVX512F__)
+#if NLLX_VECTOR_BYTES == 64
 NLLX_INLINE __mmask16 first_lanes16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 NLLX_INLINE Vec<float> load_first(const float* p, int n, float fill) {
   return bit_cast<Vec<float>>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes16(n), p));

@@ -1,16 +1,12 @@
-// The launches and plans of csrc/cuda under C names: the address of each, null where the library is built without it, and the
-// sizes of the structs that they take.
+// The launches and plans of csrc/cuda under C names, as addresses, and the sizes of the structs that they take.
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-#define EXPORT_FUNCTION(name)                         \
-  namespace nllx {                                    \
-  extern decltype(name) name __attribute__((weak));   \
-  }                                                   \
-  EXPORT void* name;                                  \
-  void* name = reinterpret_cast<void*>(&nllx::name);
+#define EXPORT_FUNCTION(name) \
+  EXPORT void* const name;    \
+  void* const name = reinterpret_cast<void*>(&nllx::name);
 
 EXPORT_FUNCTION(launch_cross_entropy_forward)
 EXPORT_FUNCTION(launch_cross_entropy_backward)

@@ -76,22 +76,27 @@ def _object(source: Path, folders: Sequence[Path]) -> Path:
     return made
 
 
-def library(sources: Iterable[Path], csrc: Path = CSRC) -> Path:
-    """A shared library of the emulator and sources, which may include the headers of csrc and those of CUDA."""
+def library(sources: Iterable[tuple[Path, Path]]) -> Path:
+    """A shared library of the emulator and of sources, each with the folder csrc whose headers it includes."""
     objects = [_object(HERE / "cuda_emulator.cpp", [INCLUDE])]
-    objects += [_object(source, [INCLUDE, csrc]) for source in sources]
+    objects += [_object(source, [INCLUDE, csrc]) for source, csrc in sources]
     made = CACHE / f"{_hash(path.name for path in objects)}.so"
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}")
-        # Without the sanitizer's static library its shared one has to be where the loader looks.
-        static = subprocess.run([str(compiler()), "-print-file-name=libubsan.a"], capture_output=True, text=True).stdout
-        runtime = ["-static-libubsan"] if Path(static.strip()).is_absolute() else []
-        _run([str(compiler()), "-shared", "-fsanitize=undefined", *runtime, *objects, "-o", partial])
+        # Where there is no static library of the sanitizer, the loader has to find the shared one.
+        archive = subprocess.run([str(compiler()), "-print-file-name=libubsan.a"], capture_output=True, text=True).stdout
+        static = ["-static-libubsan"] if Path(archive.strip()).is_absolute() else []
+        _run([str(compiler()), "-shared", "-fsanitize=undefined", *static, *objects, "-o", partial])
         partial.rename(made)
     return made
 
 
-def kernels_library(csrc: Path = CSRC, launches: Sequence[str] | None = None) -> Path:
-    """The library of ``bindings.cpp``: all launches of csrc/cuda, or those of the named sources."""
-    units = sorted((csrc / "cuda").glob("*.cu")) if launches is None else [csrc / "cuda" / name for name in launches]
-    return library([HERE / "bindings.cpp", csrc / "cuda" / "plan.cpp", *units], csrc)
+def kernels_library(changed: str = "", csrc: Path = CSRC) -> Path:
+    """The library of all launches of csrc/cuda and of ``bindings.cpp``, for ``launches.Kernels``.
+
+    changed: the name of a source that is taken, with its headers, from another folder csrc; it alone is compiled.
+    """
+    launches = [path.name for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    folders = [(name, csrc if name == changed else CSRC) for name in launches]
+    sources = [(folder / "cuda" / name, folder) for name, folder in folders]
+    return library([(HERE / "bindings.cpp", CSRC), (CSRC / "cuda" / "plan.cpp", CSRC), *sources])

@@ -2,6 +2,7 @@
 
 #undef _FORTIFY_SOURCE  // its check of longjmp refuses to switch stacks
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -122,6 +123,26 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
   makecontext(&start, run_fiber, 0);
   setcontext(&start);
 }
+
+// A wild access ends the launch and not the process.
+void handle_fault(int) {
+  if (error.empty()) error = "segmentation fault";
+  _longjmp(scheduler, 1);
+}
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action {};
+    action.sa_handler = handle_fault;
+    action.sa_flags = SA_NODEFER;  // it does not return
+    sigaction(SIGSEGV, &action, &old_);
+  }
+  ~FaultHandler() { sigaction(SIGSEGV, &old_, nullptr); }
+
+ private:
+  struct sigaction old_;
+};
 
 template <typename T>
 void arrange(std::vector<T>& items) {
@@ -256,6 +277,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, vo
   if (most_blocks && grid.x > most_blocks) grid.x = most_blocks;
   block_dim = block;
   grid_dim = grid;
+  const FaultHandler handler;
   body = kernel_body;
   arguments = kernel_arguments;
   random_bits.seed(order);
@@ -288,14 +310,15 @@ EXPORT void __ubsan_on_report() {
   cuda_emulator::error = std::string("undefined behaviour (") + kind + "): " + message + " at " + file + ":" + std::to_string(line);
 }
 
-// The C interface. Strings are valid until the next launch.
+// The C interface. Strings are valid until the next launch. To be called before the launches that it is for:
 EXPORT void emulator_configure(uint64_t order, unsigned most_blocks) {
   cuda_emulator::order = order;
   cuda_emulator::most_blocks = most_blocks;
   cuda_emulator::launch_log.clear();
+  cuda_emulator::last_message.clear();
 }
 EXPORT const char* emulator_launches() { return cuda_emulator::launch_log.c_str(); }
-// Why the last launch failed, or the last thing undefined in host code.
+// Why a launch failed, or what was undefined in host code; otherwise empty.
 EXPORT const char* emulator_error() {
   if (!cuda_emulator::error.empty()) cuda_emulator::last_message = std::exchange(cuda_emulator::error, {});
   return cuda_emulator::last_message.c_str();

@@ -80,7 +80,7 @@ void launch_kernel(const char* name, Kernel kernel, dim3 grid, dim3 block, size_
 }  // namespace cuda_emulator
 
 #define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  cuda_emulator::launch_kernel(#kernel, [](auto... a) { kernel(a...); }, grid, block, smem, __VA_ARGS__)
+  cuda_emulator::launch_kernel(#kernel, [](auto... a) { kernel(a...); }, grid, block, smem, ##__VA_ARGS__)
 #define SHARED_ARRAY(T, name, n)                          \
   static cuda_emulator::SharedArray<T, n> name##_storage; \
   T(&name)[n] = name##_storage.values

@@ -1,0 +1,58 @@
+"""What a result of the kernels is compared with: the oracle of the other tests, and another result of the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from cases import REDUCTIONS, Case, build
+from launches import Result
+from oracle import ULPS, check_gradients, check_output, epsilon
+from torch import Tensor
+from torch.testing import assert_close
+
+from nllx import _reference
+
+
+def check(case: Case, result: Result) -> None:
+    """Output, gradient, statistics of the rows and divisor are as near the exact ones as the oracle allows."""
+    check_output(case, result.output)
+    check_gradients(case, [result.grad])
+    assert [bad.claimed for bad in result.bad] == [0, 0]
+    if case.op == "log_softmax":
+        return
+    problem = build(case).for_torch(torch.float64)
+    arguments = (problem.input, problem.target, problem.weight, REDUCTIONS.index(case.reduction), case.ignore_index)
+    if case.op == "nll_loss":
+        _, total_weight = _reference.nll_loss_forward(*arguments)
+    else:
+        _, row_stats, total_weight = _reference.cross_entropy_forward(*arguments, case.label_smoothing)
+        _check_row_stats(result.row_stats, row_stats)
+    unit = epsilon(result.total_weight.dtype)
+    assert_close(result.total_weight.double(), total_weight, rtol=unit, atol=unit, equal_nan=True)
+
+
+def _check_row_stats(actual: Tensor, expected: Tensor) -> None:
+    """Of a row with a NaN the maximum may be anything."""
+    unit = ULPS * epsilon(actual.dtype)
+    (maximum, log_sum), (expected_maximum, expected_log_sum) = actual.double().unbind(-1), expected.unbind(-1)
+    assert_close(log_sum, expected_log_sum, rtol=unit, atol=unit, equal_nan=True)
+    known = ~expected_maximum.isnan()
+    assert torch.equal(maximum[known], expected_maximum[known])
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def check_same(result: Result, expected: Result, what: str) -> None:
+    """Two results are equal bit for bit."""
+    for name in ("output", "grad", "row_stats", "total_weight"):
+        a, b = getattr(result, name), getattr(expected, name)
+        assert (a is None and b is None) or torch.equal(bits(a), bits(b)), f"{name} depends on {what}"
+
+
+def variant(case: Case, **changes: object) -> Case:
+    """A case like another one; its name is its contents, since tensors are made from it."""
+    changed = dataclasses.replace(case, **changes)
+    return dataclasses.replace(changed, name=repr(dataclasses.replace(changed, name="", why="")))

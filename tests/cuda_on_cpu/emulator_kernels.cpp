@@ -1,0 +1,150 @@
+// Kernels that show what the emulator does and what it reports.
+#include "cuda_runtime.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+__global__ void indices_kernel(unsigned* out) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  out[block * blockDim.x * blockDim.y * blockDim.z + thread] += 1000 * block + thread;
+}
+
+// Four results for each thread of a warp.
+__global__ void shuffles_kernel(int width, int n, double* out) {
+  const double v = threadIdx.x;
+  out[threadIdx.x] = __shfl_sync(0xffffffffu, v, n, width);
+  out[32 + threadIdx.x] = __shfl_xor_sync(0xffffffffu, v, n, width);
+  out[64 + threadIdx.x] = __shfl_down_sync(0xffffffffu, v, n, width);
+  out[96 + threadIdx.x] = __shfl_up_sync(0xffffffffu, v, n, width);
+}
+
+__global__ void votes_kernel(int limit, unsigned* out) {
+  const int p = static_cast<int>(threadIdx.x) < limit;
+  unsigned* mine = out + threadIdx.x * 6;
+  mine[0] = __syncthreads_count(p);
+  mine[1] = __syncthreads_or(p);
+  mine[2] = __syncthreads_and(p);
+  mine[3] = __ballot_sync(0xffffffffu, p);
+  mine[4] = __any_sync(0xffffffffu, p);
+  mine[5] = __all_sync(0xffffffffu, p);
+}
+
+// Halves of a warp that meet apart.
+__global__ void halves_kernel(int* out) {
+  const unsigned mask = threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u;
+  int v = threadIdx.x;
+  if (threadIdx.x < 16) {
+    for (int n = 8; n > 0; n /= 2) v += __shfl_xor_sync(mask, v, n);
+  } else {
+    for (int n = 8; n > 0; n /= 2) {
+      const int other = __shfl_xor_sync(mask, v, n);
+      v = other > v ? other : v;
+    }
+  }
+  out[threadIdx.x] = v;
+}
+
+__global__ void atomics_kernel(int* out) {
+  atomicAdd(&out[0], static_cast<int>(threadIdx.x));
+  atomicMax(&out[1], static_cast<int>(threadIdx.x));
+  atomicCAS(&out[2], 0, static_cast<int>(threadIdx.x) + 1);
+}
+
+// Each thread passes its number on to the next one through shared memory.
+__global__ void neighbours_kernel(bool barrier_before, bool barrier_after, float* out) {
+  SHARED_ARRAY(float, shared, 64);
+  for (int i = 0; i < 2; ++i) {
+    shared[threadIdx.x] = static_cast<float>(100 * i + threadIdx.x);
+    if (barrier_before) __syncthreads();
+    out[64 * i + threadIdx.x] = shared[(threadIdx.x + 1) % 64];
+    if (barrier_after) __syncthreads();
+  }
+}
+
+__global__ void deadlock_kernel() {
+  if (threadIdx.x >= 40) return;
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncwarp(0xffu);
+    __syncwarp();
+  }
+}
+
+__global__ void not_in_mask_kernel() { __syncwarp(0xfffffffeu); }
+__global__ void source_not_in_mask_kernel() {
+  if (threadIdx.x < 16) __shfl_xor_sync(0x0000ffffu, 1.f, 16);
+}
+__global__ void mixed_collectives_kernel() {
+  if (threadIdx.x < 16) {
+    __syncwarp();
+  } else {
+    __ballot_sync(0xffffffffu, 1);
+  }
+}
+
+struct alignas(16) Quad {
+  float values[4];
+};
+__global__ void misaligned_kernel(const float* in, float* out) {
+  *reinterpret_cast<Quad*>(out + 4 * threadIdx.x) = *reinterpret_cast<const Quad*>(in + 4 * threadIdx.x);
+}
+
+__global__ void wild_kernel(float* out) { out[threadIdx.x == 7 ? int64_t{1} << 45 : 0] = 1; }
+
+}  // namespace
+
+EXPORT int indices(unsigned* out) {
+  CUDA_LAUNCH(indices_kernel, dim3(2, 3, 2), dim3(4, 3, 5), 0, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int shuffles(int width, int n, double* out) {
+  CUDA_LAUNCH(shuffles_kernel, dim3(1), dim3(32), 0, nullptr, width, n, out);
+  return cudaGetLastError();
+}
+EXPORT int votes(int limit, unsigned* out) {
+  CUDA_LAUNCH(votes_kernel, dim3(1), dim3(64), 0, nullptr, limit, out);
+  return cudaGetLastError();
+}
+EXPORT int halves(int* out) {
+  CUDA_LAUNCH(halves_kernel, dim3(1), dim3(32), 0, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int atomics(int* out) {
+  CUDA_LAUNCH(atomics_kernel, dim3(1), dim3(100), 0, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int neighbours(bool barrier_before, bool barrier_after, float* out) {
+  CUDA_LAUNCH(neighbours_kernel, dim3(1), dim3(64), 0, nullptr, barrier_before, barrier_after, out);
+  return cudaGetLastError();
+}
+EXPORT int misaligned(const float* in, float* out) {
+  CUDA_LAUNCH(misaligned_kernel, dim3(1), dim3(32), 0, nullptr, in, out);
+  return cudaGetLastError();
+}
+EXPORT int wild(float* out) {
+  CUDA_LAUNCH(wild_kernel, dim3(1), dim3(32), 0, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int deadlock() {
+  CUDA_LAUNCH(deadlock_kernel, dim3(1), dim3(64), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int not_in_mask() {
+  CUDA_LAUNCH(not_in_mask_kernel, dim3(1), dim3(32), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int source_not_in_mask() {
+  CUDA_LAUNCH(source_not_in_mask_kernel, dim3(1), dim3(32), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int mixed_collectives() {
+  CUDA_LAUNCH(mixed_collectives_kernel, dim3(1), dim3(32), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int too_many_threads(float* out) {
+  CUDA_LAUNCH(wild_kernel, dim3(1), dim3(1025), 0, nullptr, out);
+  return cudaGetLastError();
+}

@@ -1,0 +1,74 @@
+"""Class indices out of range: the row gets a NaN loss and a zero gradient, the others what they get without it, nothing
+out of bounds is read or written, and one record names one of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, Problem, build
+from comparison import bits, variant
+from launches import ASCENDING, DESCENDING, INDEX_TYPES, RANDOM, BadTarget, Kernels, Settings, run
+
+IGNORE_INDEX = -7
+FAMILIES = {
+    "register rows": ("cross_entropy", (9, 10)),
+    "block rows": ("cross_entropy", (5, 300)),
+    "planes": ("cross_entropy", (2, 10, 9)),
+    "nll_loss rows": ("nll_loss", (9, 10)),
+    "nll_loss planes": ("nll_loss", (2, 10, 9)),
+}
+
+
+def bad_values(dtype: torch.dtype, classes: int) -> list[int]:
+    limits = torch.iinfo(dtype)
+    wanted = (-1, -100, classes, classes + 1, 2**32, 2**32 + 1, limits.min, limits.max)
+    return sorted({v for v in wanted if limits.min <= v <= limits.max and not 0 <= v < classes and v != IGNORE_INDEX})
+
+
+def check_record(bad: BadTarget, target: torch.Tensor, rows: list[int], classes: int, order: int) -> None:
+    assert bad.claimed == bad.ready == 1
+    assert (bad.value, bad.classes, bad.ignore_index) == (target.flatten()[bad.row], classes, IGNORE_INDEX)
+    # The first that is found stays.
+    assert bad.row == {ASCENDING: rows[0], DESCENDING: rows[-1]}.get(order, bad.row)
+    assert bad.row in rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", INDEX_TYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("order", [ASCENDING, DESCENDING, RANDOM])
+def test_out_of_range(family: str, dtype: torch.dtype, reduction: str, order: int, kernels: Kernels) -> None:
+    op, shape = FAMILIES[family]
+    smoothing = 0.1 if op == "cross_entropy" else 0.0
+    case = variant(
+        Case("", "", shape, op=op, target_dtype=dtype, weight="positive", reduction=reduction, label_smoothing=smoothing,
+             ignore_index=IGNORE_INDEX)
+    )  # fmt: skip
+    problem, settings = build(case), Settings(order=order)
+    # Of a byte every value below 300 is a class.
+    rows = [1, 3, case.rows - 1]
+    for value in bad_values(dtype, case.classes):
+        target = problem.target.clone()
+        target.view(-1)[rows] = value
+        result = run(kernels, Problem(case, problem.input, target, problem.weight), settings)
+        for bad in result.bad:
+            check_record(bad, target, rows, case.classes, order)
+        # As if those rows were ignored, which the kernels' values are tested for.
+        ignored = target.long()
+        ignored.view(-1)[rows] = IGNORE_INDEX
+        expected = run(kernels, Problem(case, problem.input, ignored, problem.weight), settings)
+        if reduction == "none":
+            assert result.output.view(-1)[rows].isnan().all()
+            result.output.view(-1)[rows] = 0
+            assert torch.equal(bits(result.output), bits(expected.output))
+        else:
+            assert result.output.isnan()
+        assert torch.equal(bits(result.grad), bits(expected.grad))
+        assert torch.equal(bits(result.total_weight), bits(expected.total_weight))
+        per_row = result.grad.movedim(1, -1).reshape(case.rows, case.classes)
+        assert (per_row[rows] == 0).all()
+
+
+def test_every_family_has_bad_values() -> None:
+    for dtype in INDEX_TYPES:
+        assert bad_values(dtype, 10)
