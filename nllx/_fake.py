@@ -63,12 +63,7 @@ def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, 
             lambda: f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {target.dtype}; "
             "call target.long()",
         )
-    for name, tensor in (("target", target), ("weight", weight)):
-        torch._check(
-            tensor is None or tensor.device == input.device,
-            lambda name=name, tensor=tensor: f"{op}: Expected all tensors to be on the same device, but found at least two "
-            f"devices, {input.device} and {tensor.device} ({name})",
-        )
+    check_devices(op, input, target=target, weight=weight)
     if weight is not None:
         classes = input.shape[class_dim(input)]
         torch._check(
@@ -76,6 +71,16 @@ def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, 
             lambda: f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
             f"tensor of shape: {list(weight.shape)}",
         )
+
+
+def check_devices(op: str, input: Tensor, **others: Tensor | None) -> None:
+    """Raises where one of the other tensors is not on the device of the input."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(
+                f"{op}: Expected all tensors to be on the same device, but found at least two devices, {input.device} and "
+                f"{tensor.device} ({name})"
+            )
 
 
 def loss_dtypes(
@@ -122,6 +127,7 @@ def _cross_entropy_backward(
     label_smoothing: float,
 ) -> Tensor:
     check_shapes("cross_entropy", logits, target, weight, is_probabilities(logits, target))
+    check_devices("cross_entropy", logits, grad_output=grad_output, row_stats=row_stats, total_weight=total_weight)
     return torch.empty_like(logits)
 
 
@@ -148,6 +154,7 @@ def _nll_loss_backward(
     ignore_index: int,
 ) -> Tensor:
     check_shapes("nll_loss", log_probs, target, weight, False)
+    check_devices("nll_loss", log_probs, grad_output=grad_output, total_weight=total_weight)
     return torch.empty_like(log_probs)
 
 
@@ -161,6 +168,7 @@ def _log_softmax_forward(input: Tensor, dim: int) -> Tensor:
 
 
 def _log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    check_devices("log_softmax", output, grad_output=grad_output)
     return torch.empty_like(output)
 
 

@@ -93,7 +93,8 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    _check_tensors("cross_entropy", input=input, target=target, weight=weight)
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+        _check_tensors("cross_entropy", input=input, target=target, weight=weight)
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
@@ -131,7 +132,8 @@ def nll_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    _check_tensors("nll_loss", input=input, target=target, weight=weight)
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+        _check_tensors("nll_loss", input=input, target=target, weight=weight)
     if type(ignore_index) is not int:
         ignore_index = _integer("nll_loss", "ignore_index", ignore_index)
     return _nll_loss(input, target, weight, _Reduction.get_enum(reduction), ignore_index)

@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from nllx import _C
+
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
 )
@@ -21,7 +23,7 @@ def _missing(device: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return None
+    return None if _C.build_info()["cuda"] else "nllx was built without CUDA"
 
 
 @pytest.fixture(params=["cpu", "cuda"])

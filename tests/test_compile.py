@@ -143,8 +143,10 @@ def test_traced_is_eager(case: Case, dynamic: bool, device: str) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_is_eager(dynamic: bool, device: str) -> None:
-    """One graph of all cases, since compiling costs seconds."""
-    _check_against_eager([build(case, device) for case in _TRACED], "inductor", dynamic)
+    """One graph of all kernels, since compiling costs seconds, and the definition with its derivatives once."""
+    kernels = [case for case in _TRACED if not case.has_probabilities]
+    definition = next(case for case in _TRACED if case.has_probabilities and case.weight)
+    _check_against_eager([build(case, device) for case in (*kernels, definition)], "inductor", dynamic)
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "probabilities", "nll_loss", "log_softmax"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -458,6 +459,33 @@ class TestViews:
 
         assert type(N.cross_entropy(x.as_subclass(Marked), t)) is Marked
         assert type(N.cross_entropy(torch.nn.Parameter(x), t)) is torch.Tensor
+
+
+class TestLargeOffsets:
+    """Two pages of a tensor of 4 GiB: offsets in elements that 32 bits do not hold."""
+
+    @pytest.mark.parametrize("op", [*LOSSES, "log_softmax"])
+    def test_offsets_beyond_32_bits(self, op: str, device: str) -> None:
+        buffer = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+        values = torch.tensor([[0.5, -1.0, 2.0, 0.0, 1.0], [1.5, 0.25, -0.5, 1.0, 3.0]], device=device).bfloat16()
+        rows = buffer.as_strided((2, 5), (2**31, 1)).copy_(values)
+        # As rows, as a transposed matrix, as planes of two classes and as two planes.
+        for view in (rows, rows.T, rows[None], rows[:, :, None], rows[:, None]):
+            target = torch.zeros(view.shape[:1] + view.shape[2:], dtype=torch.int64, device=device)
+            arguments = (1,) if op == "log_softmax" else (target,)
+            got, expected = (getattr(N, op)(v, *arguments) for v in (view, view.contiguous()))
+            assert torch.equal(got, expected)
+            got, expected = (grad_of(N, op, v, *arguments) for v in (view, view.contiguous()))
+            assert torch.equal(got, expected)
+
+
+class TestThreads:
+    def test_calls_from_several_python_threads(self) -> None:
+        logits, target = torch.randn(2000, 50), torch.randint(50, (2000,))
+        expected = grad_of(N, "cross_entropy", logits, target)
+        with ThreadPoolExecutor(4) as pool:
+            gradients = list(pool.map(lambda _: grad_of(N, "cross_entropy", logits, target), range(16)))
+        assert all(torch.equal(gradient, expected) for gradient in gradients)
 
 
 class TestAutocast:

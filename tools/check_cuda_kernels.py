@@ -29,8 +29,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
-# The most registers a thread of each kernel may use, over all of its instantiations.
-REGISTER_BUDGETS: dict[str, int] = {}
+# The most registers a thread of each kernel may use, over all of its instantiations (float64 needs the most). They are
+# allocated in steps of 8, and 65536 of them per multiprocessor leave room for 2048 / budget warps.
+REGISTER_BUDGETS = {
+    "checked_target_kernel": 40,
+    "cross_entropy_backward_planes_kernel": 72,
+    "cross_entropy_backward_rows_kernel": 64,
+    "cross_entropy_forward_block_rows_kernel": 96,
+    "cross_entropy_forward_planes_kernel": 168,
+    "cross_entropy_forward_register_rows_kernel": 104,
+    "log_softmax_backward_planes_kernel": 88,
+    "log_softmax_backward_rows_kernel": 96,
+    "log_softmax_forward_planes_kernel": 104,
+    "log_softmax_forward_rows_kernel": 72,
+    "loss_partials_kernel": 72,
+    "loss_total_kernel": 40,
+    "nll_loss_backward_kernel": 64,
+    "nll_loss_forward_kernel": 40,
+    "probability_mass_planes_kernel": 96,
+    "probability_mass_rows_kernel": 80,
+}
 
 
 @dataclass(frozen=True)

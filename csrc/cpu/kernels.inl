@@ -170,7 +170,7 @@ void cross_entropy_forward_rows(const CrossEntropyForward& p, const Chunks& chun
   using acc = typename AccOf<T>::type;
   const int64_t classes = p.extent.classes;
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-    const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
+    const int64_t outer = p.extent.inner == 1 ? row : row / p.extent.inner, inner = row - outer * p.extent.inner;
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
     IndexTarget<acc> y{0, false, false, acc(1)};
     if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, classes, row);
@@ -326,7 +326,7 @@ void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& ch
   constexpr int L = kLanes<acc>;
   const int64_t classes = p.extent.classes;
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-    const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
+    const int64_t outer = p.extent.inner == 1 ? row : row / p.extent.inner, inner = row - outer * p.extent.inner;
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
     IndexTarget<acc> y{0, false, false, acc(0)};
@@ -494,7 +494,7 @@ void nll_loss_forward(const NllLossForward& p, const Chunks& chunks, int64_t chu
     if (y.bad) note_bad_target(result, row);
     acc loss = 0;
     if (!y.ignored && !y.bad) {
-      const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
+      const int64_t outer = p.extent.inner == 1 ? row : row / p.extent.inner, inner = row - outer * p.extent.inner;
       const T* x = static_cast<const T*>(p.log_probs) + outer * p.strides.outer + inner * p.strides.inner;
       loss = -weighted(y.weight, to_acc(x[y.index * p.strides.classes]));
       result.loss += static_cast<double>(loss);
@@ -534,7 +534,7 @@ void log_softmax_forward_rows(const LogSoftmaxForward& p, const Chunks& chunks, 
   using acc = typename AccOf<T>::type;
   constexpr int L = kLanes<acc>;
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-    const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
+    const int64_t outer = p.extent.inner == 1 ? row : row / p.extent.inner, inner = row - outer * p.extent.inner;
     const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer + inner * p.input_strides.inner;
     T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
     const RowStats<acc> s = row_sums<Terms::kNone, T, acc, T>(x, p.extent.classes, ClassTerms<acc, T>{}).stats();
@@ -575,7 +575,7 @@ void log_softmax_backward_rows(const LogSoftmaxBackward& p, const Chunks& chunks
   constexpr int L = kLanes<acc>;
   const int64_t classes = p.extent.classes;
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-    const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
+    const int64_t outer = p.extent.inner == 1 ? row : row / p.extent.inner, inner = row - outer * p.extent.inner;
     const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer + inner * p.grad_output_strides.inner;
     const T* y = static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
     T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner;

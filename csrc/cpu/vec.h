@@ -217,16 +217,22 @@ NLLX_INLINE V max_not_nan(V a, V b) {
 
 template <typename acc>
 NLLX_INLINE acc largest_lane(Vec<acc> v) {
-  acc m = v[0];
-  for (int i = 1; i < kLanes<acc>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  acc lanes[kLanes<acc>];
+  store(lanes, v);
+  for (int half = kLanes<acc> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+  }
+  return lanes[0];
 }
-// In a fixed order, in double: the sum of a block is added to those of the other blocks.
+// As a tree, in double: the sum of a block is added to those of the other blocks.
 template <typename acc>
 NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
-  double s = 0;
-  for (int i = 0; i < kLanes<acc>; ++i) s += static_cast<double>(v[i]);
-  return s;
+  double lanes[kLanes<acc>];
+  for (int i = 0; i < kLanes<acc>; ++i) lanes[i] = static_cast<double>(v[i]);
+  for (int half = kLanes<acc> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // exp(x) for x ≤ 88 (float) or 709 (double): x = n ln 2 + r with |r| ≤ ln(2) / 2, a polynomial in r, and 2^n put into the

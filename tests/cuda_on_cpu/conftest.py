@@ -1,8 +1,11 @@
-"""The libraries, built once."""
+"""The libraries, built once, and what holds for every test."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from compilation import CSRC, HERE, compiler, kernels_library, library
 from launches import Emulator, Kernels
 
@@ -21,3 +24,12 @@ def kernels() -> Kernels:
     if compiler() is None:
         pytest.skip("no g++ on PATH")
     return Kernels(kernels_library())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracle's tensors are small: waiting for other threads of torch takes longer than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,42 @@
+"""The CPU kernels of every capability that this machine has: the tests above run those of the widest vectors alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nllx import _C
+
+_TESTS = Path(__file__).parent
+
+
+def _python(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NLLX_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=_TESTS.parent, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_capability(capability: str) -> None:
+    if capability == _C.cpu_capability():
+        return  # every other test
+    chosen = _python(capability, "-c", "from nllx import _C; print(_C.cpu_capability())")
+    if chosen.returncode:
+        assert "this CPU runs" in chosen.stderr
+        pytest.skip(chosen.stderr.strip().splitlines()[-1])
+    assert chosen.stdout.strip() == capability
+    tests = [f"{_TESTS}/test_values.py::test_value", f"{_TESTS}/test_gradients.py::test_gradient"]
+    tests += [f"{_TESTS}/test_determinism.py::test_number_of_threads"]
+    run = _python(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or threads", *tests)
+    assert run.returncode == 0, run.stdout[-5000:]
+
+
+def test_unknown_capability() -> None:
+    run = _python("sse9", "-c", "import nllx")
+    assert run.returncode != 0
+    assert 'NLLX_CPU_CAPABILITY is "sse9"' in run.stderr

@@ -1,0 +1,166 @@
+"""What is particular to GPUs: errors that arrive later, streams, graphs, synchronisation and memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Case, Problem, build
+from oracle import answer
+from torch import Tensor
+from torch.testing import assert_close
+
+import nllx
+from nllx import _C
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+if not _C.build_info()["cuda"]:
+    pytest.skip("nllx was built without CUDA", allow_module_level=True)
+
+_KINDS = [
+    Case("rows", "", (64, 1000), ignored="some", weight="positive", label_smoothing=0.1),
+    Case("rows_none", "", (64, 1000), reduction="none"),
+    Case("wide_rows", "", (8, 50257), dtype=torch.bfloat16, ignored="some"),
+    Case("planes", "", (4, 21, 33, 35), ignored="some", weight="positive"),
+    Case("probabilities", "", (64, 1000), target="probabilities"),
+    Case("nll_loss", "", (64, 1000), op="nll_loss", weight="positive"),
+    Case("log_softmax", "", (64, 1000), op="log_softmax"),
+]
+_kinds = pytest.mark.parametrize("case", _KINDS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _no_pending_error() -> Iterator[None]:
+    yield
+    nllx.check_errors()
+
+
+def _step(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output, and gradient of the input alone: the path of the kernels."""
+    x = problem.input.detach().requires_grad_()
+    output = Problem(problem.case, x, problem.target, problem.weight).call(nllx.functional)
+    return output.detach(), torch.autograd.grad(output, x, torch.ones_like(output))[0]
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 2000), (5, 7, 3)])
+@pytest.mark.parametrize("value", [7_000, -1, 2**32 + 1])
+def test_target_out_of_range(op: str, shape: tuple[int, ...], value: int) -> None:
+    """A NaN loss and a zero gradient of that row alone; the error comes with check_errors or the next call."""
+    function = getattr(nllx.functional, op)
+    x = torch.randn(shape, device="cuda", requires_grad=True)
+    target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64, device="cuda")
+    expected = torch.autograd.grad(function(x, target, reduction="none").sum(), x)[0]
+    target[3] = value
+    loss = function(x, target, reduction="none")
+    assert loss[3].isnan().all()
+    assert loss[:3].isfinite().all()
+    with pytest.raises(IndexError, match=rf"Target {value} is out of bounds"):
+        nllx.check_errors()
+    nllx.check_errors()  # once
+    (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match=rf"Target {value} is out of bounds"):
+        function(x, target.clamp(0, 1))
+    assert (gradient[3] == 0).all()
+    assert torch.equal(gradient[:3], expected[:3])
+    assert torch.equal(gradient[4], expected[4])
+
+
+def test_errors_at_once() -> None:
+    code = """
+import torch, nllx
+x = torch.randn(3, 5, device="cuda")
+try:
+    nllx.functional.cross_entropy(x, torch.tensor([0, 5, 1], device="cuda"))
+except IndexError as error:
+    assert "Target 5 is out of bounds" in str(error)
+else:
+    raise SystemExit("no error")
+print(nllx.functional.cross_entropy(x, torch.tensor([0, 4, 1], device="cuda")).item())
+"""
+    environment = {**os.environ, "NLLX_SYNC_ERRORS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@_kinds
+def test_no_synchronisation(case: Case) -> None:
+    problem = build(case, "cuda")
+    _step(problem)  # what is allocated or looked up once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _step(problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@_kinds
+def test_graph_capture(case: Case) -> None:
+    problem = build(case, "cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _step(problem)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(problem)
+    for _ in range(2):
+        problem.input.copy_(torch.randn_like(problem.input))
+        graph.replay()
+        assert all(torch.equal(got, want) for got, want in zip(captured, _step(problem), strict=True))
+
+
+@_kinds
+def test_current_stream(case: Case) -> None:
+    """The kernels wait for what came before them in their stream, and for nothing else."""
+    problem = build(case, "cuda")
+    expected = _step(problem)
+    later = Problem(case, torch.zeros_like(problem.input), problem.target, problem.weight)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        later.input.copy_(problem.input)
+        got = _step(later)
+        torch.cuda.current_stream().synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device_than_the_current_one() -> None:
+    case = _KINDS[0]
+    expected = answer(build(case, "cuda:0"), nllx.functional)
+    got = answer(build(case, "cuda:1"), nllx.functional)
+    assert got.output.device.index == 1
+    assert_close(got.output.cpu(), expected.output.cpu(), rtol=0, atol=0)
+    assert torch.cuda.current_device() == 0
+
+
+def test_mixed_devices() -> None:
+    x, t = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    for call in (
+        lambda: nllx.functional.cross_entropy(x.cuda(), t),
+        lambda: nllx.functional.cross_entropy(x, t.cuda()),
+        lambda: nllx.functional.nll_loss(x.cuda(), t.cuda(), torch.ones(5)),
+        lambda: nllx.functional.cross_entropy(x.cuda(), x.softmax(1)),
+    ):
+        with pytest.raises(RuntimeError, match="device"):
+            call()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_forward_allocates_no_log_probabilities(reduction: str) -> None:
+    x, t = torch.randn(1024, 32000, device="cuda"), torch.zeros(1024, dtype=torch.int64, device="cuda")
+    nllx.functional.cross_entropy(x, t, reduction=reduction)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nllx.functional.cross_entropy(x, t, reduction=reduction)
+    assert torch.cuda.max_memory_allocated() - before < x.numel() * x.element_size() // 100
