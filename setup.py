@@ -60,7 +60,9 @@ def find_cuda(wanted: str) -> str:
     """The toolkit's folder, checked to be of the major release that torch was built with."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    hint = f"install the CUDA {wanted} toolkit and set CUDA_HOME to it, or set NLLX_WITHOUT_CUDA=1 to build for CPU only"
+    hint = (
+        f"install the CUDA {wanted} toolkit and set CUDA_HOME to it, or set NLLX_WITHOUT_CUDA=1 to build for CPU only"
+    )
     if not Path(nvcc).exists():
         fail(f"torch is a CUDA {wanted} build, but there is no nvcc at {nvcc}; {hint}")
     release, top = nvcc_release(nvcc)

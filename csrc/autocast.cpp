@@ -1,6 +1,6 @@
-// Autocast: torch computes these losses in float32 there. nllx does so anyway, so half-precision logits go in as they are,
-// without a float32 copy, and only the loss comes out in float32. Weights of another precision are cast, as torch casts
-// them. log_softmax is cast on CUDA alone, as in torch.
+// Autocast: torch computes these losses in float32 there. nllx does so anyway, so half-precision logits go in as they
+// are, without a float32 copy, and only the loss comes out in float32. Weights of another precision are cast, as torch
+// casts them. log_softmax is cast on CUDA alone, as in torch.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -24,27 +24,30 @@ OptionalTensor cast_weight(const OptionalTensor& weight, c10::DeviceType device)
 }
 
 template <c10::DeviceType device>
-Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                     double label_smoothing, OptionalDtype dtype) {
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     int64_t ignore_index, double label_smoothing, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::cross_entropy", "").typed<decltype(cross_entropy<device>)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("nllx::cross_entropy", "")
+                             .typed<decltype(cross_entropy<device>)>();
   return op.call(logits, target, cast_weight(weight, device), reduction, ignore_index, label_smoothing,
                  float32_loss(logits, target, dtype));
 }
 
 template <c10::DeviceType device>
-Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                OptionalDtype dtype) {
+Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                int64_t ignore_index, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nllx::nll_loss", "").typed<decltype(nll_loss<device>)>();
-  return op.call(log_probs, target, cast_weight(weight, device), reduction, ignore_index, float32_loss(log_probs, target, dtype));
+  return op.call(log_probs, target, cast_weight(weight, device), reduction, ignore_index,
+                 float32_loss(log_probs, target, dtype));
 }
 
 Tensor log_softmax_cuda(const Tensor& input, int64_t dim, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(c10::kCUDA));
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("nllx::log_softmax", "").typed<decltype(log_softmax_cuda)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::log_softmax", "").typed<decltype(log_softmax_cuda)>();
   return op.call(input, dim, float32_loss(input, input, dtype));
 }
 

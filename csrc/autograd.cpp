@@ -1,6 +1,6 @@
-// Autograd of every operator, in C++, so that a training step runs no Python. The kernels give the first derivative with
-// respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to probability
-// targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
+// Autograd of every operator, in C++, so that a training step runs no Python. The kernels give the first derivative
+// with respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to
+// probability targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -37,17 +37,18 @@ OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t)
 
 // torch's index losses have no derivative with respect to the weights, and say so.
 void check_weight_gradient(const char* op, const Tensor& target, const OptionalTensor& weight) {
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || !(requires_grad(weight) || has_tangent(weight)), "The function '", op,
-              "' is not differentiable with respect to argument 'weight' for targets that are class indices. This input "
-              "cannot have requires_grad True: call weight.detach()");
+  TORCH_CHECK(
+      at::isFloatingType(target.scalar_type()) || !(requires_grad(weight) || has_tangent(weight)), "The function '", op,
+      "' is not differentiable with respect to argument 'weight' for targets that are class indices. This input "
+      "cannot have requires_grad True: call weight.detach()");
 }
 
 }  // namespace
 
 // ---- cross_entropy ----
 //
-// The statistics (of the rows, and the divisor of the mean) go to the backward and to the caller, but are no outputs of the
-// autograd node: they have no derivative, and marking them so would keep compiled autograd from tracing the node.
+// The statistics (of the rows, and the divisor of the mean) go to the backward and to the caller, but are no outputs of
+// the autograd node: they have no derivative, and marking them so would keep compiled autograd from tracing the node.
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
@@ -95,22 +96,25 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
     return cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
   }
   Tensor row_stats, total_weight;
-  const Tensor loss = CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing, dtype,
-                                                  std::tie(row_stats, total_weight));
+  const Tensor loss = CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing,
+                                                  dtype, std::tie(row_stats, total_weight));
   return {loss, row_stats, total_weight};
 }
 
 Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                                       const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
-                                       int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                                       const OptionalTensor& weight, const Tensor& row_stats,
+                                       const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                       double label_smoothing) {
   if (any_has_tangent(grad_output, logits, target, weight) || any_requires_grad(grad_output, logits, target, weight)) {
     static const auto definition = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("nllx::_cross_entropy_backward_definition", "")
                                        .typed<decltype(cross_entropy_backward)>();
-    return definition.call(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing);
+    return definition.call(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
+                           label_smoothing);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return cross_entropy_backward(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing);
+  return cross_entropy_backward(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
+                                label_smoothing);
 }
 
 // ---- nll_loss ----
@@ -118,8 +122,9 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
 struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                        int64_t reduction, int64_t ignore_index, OptionalDtype dtype, std::tuple<Tensor&> statistics) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
+                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, OptionalDtype dtype,
+                        std::tuple<Tensor&> statistics) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [total_weight] = statistics;
     Tensor loss;
@@ -135,14 +140,15 @@ struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
     variable_list result(7);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    result[0] = nll_loss_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], ctx->saved_data["reduction"].toInt(),
-                                  ctx->saved_data["ignore_index"].toInt());
+    result[0] = nll_loss_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3],
+                                  ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt());
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                                                     int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, const Tensor& target,
+                                                     const OptionalTensor& weight, int64_t reduction,
+                                                     int64_t ignore_index, OptionalDtype dtype) {
   check_weight_gradient("nll_loss", target, weight);
   if (any_has_tangent(log_probs)) {
     static const auto definition = c10::Dispatcher::singleton()
@@ -155,7 +161,8 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
     return nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
   }
   Tensor total_weight;
-  const Tensor loss = NllLossFunction::apply(log_probs, target, weight, reduction, ignore_index, dtype, std::tie(total_weight));
+  const Tensor loss =
+      NllLossFunction::apply(log_probs, target, weight, reduction, ignore_index, dtype, std::tie(total_weight));
   return {loss, total_weight};
 }
 

@@ -22,11 +22,12 @@ void check_index_target_shape(const LossArguments& a) {
   const Tensor& input = a.input;
   const Tensor& target = a.target;
   if (input.dim() == 1) {
-    TORCH_CHECK_VALUE(target.dim() != 1 || target.size(0) == 1, a.op,
-                      ": For 1D input, 1D target must have size 1, but got target size: ", target.dim() == 1 ? target.size(0) : 0);
-    TORCH_CHECK(target.dim() <= 1, a.op, ": 0D or 1D target tensor expected, multi-target not supported; ", a.input_name,
-                " of shape ", input.sizes(), " is one sample, whose target is a single class index, but target has shape ",
-                target.sizes());
+    TORCH_CHECK_VALUE(
+        target.dim() != 1 || target.size(0) == 1, a.op,
+        ": For 1D input, 1D target must have size 1, but got target size: ", target.dim() == 1 ? target.size(0) : 0);
+    TORCH_CHECK(target.dim() <= 1, a.op, ": 0D or 1D target tensor expected, multi-target not supported; ",
+                a.input_name, " of shape ", input.sizes(),
+                " is one sample, whose target is a single class index, but target has shape ", target.sizes());
     return;
   }
   const int64_t target_batch = target.dim() == 0 ? 0 : target.size(0);
@@ -34,18 +35,19 @@ void check_index_target_shape(const LossArguments& a) {
                     ") to match target batch_size (", target_batch, "). ", a.input_name, " has shape ", input.sizes(),
                     ", target ", target.sizes());
   if (input.dim() == 2) {
-    TORCH_CHECK(target.dim() == 1, a.op, ": 0D or 1D target tensor expected, multi-target not supported; ", a.input_name,
-                " of shape ", input.sizes(), " takes class indices of shape [", input.size(0), "]",
-                a.takes_probabilities ? " or class probabilities of its own shape" : "",
-                ", but target has shape ", target.sizes());
+    TORCH_CHECK(target.dim() == 1, a.op, ": 0D or 1D target tensor expected, multi-target not supported; ",
+                a.input_name, " of shape ", input.sizes(), " takes class indices of shape [", input.size(0), "]",
+                a.takes_probabilities ? " or class probabilities of its own shape" : "", ", but target has shape ",
+                target.sizes());
     return;
   }
   std::vector<int64_t> expected = input.sizes().vec();
   expected.erase(expected.begin() + 1);
   if (target.sizes() == at::IntArrayRef(expected)) return;
   TORCH_CHECK(input.dim() != 4 || target.dim() == 3, a.op,
-              ": only batches of spatial targets supported (3D tensors) but got targets of dimension: ", target.dim(), ". ",
-              a.input_name, " of shape ", input.sizes(), " takes class indices of shape ", at::IntArrayRef(expected));
+              ": only batches of spatial targets supported (3D tensors) but got targets of dimension: ", target.dim(),
+              ". ", a.input_name, " of shape ", input.sizes(), " takes class indices of shape ",
+              at::IntArrayRef(expected));
   TORCH_CHECK(false, a.op, ": size mismatch (got input: ", input.sizes(), " , target: ", target.sizes(),
               "). Expected target size ", at::IntArrayRef(expected), ", got ", target.sizes(),
               "; the classes are dimension 1 of ", a.input_name);
@@ -61,22 +63,24 @@ void check_weight(const LossArguments& a, bool probabilities) {
               ": weight tensor should be defined either for all ", classes,
               " classes or no classes but got weight tensor of shape: ", weight.sizes());
   if (probabilities) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!weight.is_complex(), a.op, ": weight is not implemented for dtype ", weight.scalar_type());
+    TORCH_CHECK_NOT_IMPLEMENTED(!weight.is_complex(), a.op, ": weight is not implemented for dtype ",
+                                weight.scalar_type());
     return;
   }
   const bool takes_weight = weight.scalar_type() == a.input.scalar_type() ||
                             (is_half(a.input.scalar_type()) &&
                              (weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Double));
   TORCH_CHECK(takes_weight, a.op, ": expected scalar type ", a.input.scalar_type(), " but found ", weight.scalar_type(),
-              " for weight; it takes the dtype of ", a.input_name,
-              " (or float32 or float64 beside half-precision ", a.input_name, "): call weight.to(", a.input_name, ".dtype)");
+              " for weight; it takes the dtype of ", a.input_name, " (or float32 or float64 beside half-precision ",
+              a.input_name, "): call weight.to(", a.input_name, ".dtype)");
 }
 
 void check_devices(const LossArguments& a) {
   const auto check = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(t.device() == a.input.device(), a.op,
-                ": Expected all tensors to be on the same device, but found at least two devices, ", a.input.device(), " (",
-                a.input_name, ") and ", t.device(), " (", name, "); call ", name, ".to(", a.input_name, ".device)");
+                ": Expected all tensors to be on the same device, but found at least two devices, ", a.input.device(),
+                " (", a.input_name, ") and ", t.device(), " (", name, "); call ", name, ".to(", a.input_name,
+                ".device)");
   };
   check("target", a.target);
   if (a.weight.has_value() && a.weight->defined()) check("weight", *a.weight);
@@ -90,11 +94,12 @@ bool targets_are_probabilities(const LossArguments& a) {
 
 void check_loss_arguments(const LossArguments& a) {
   const bool probabilities = targets_are_probabilities(a);
-  TORCH_CHECK(!probabilities || at::isFloatingType(a.target.scalar_type()), a.op,
-              ": Expected floating point type for target with class probabilities, got ", a.target.scalar_type(),
-              ". A target of the shape of ", a.input_name, " (", a.input.sizes(),
-              ") holds class probabilities; class indices have no class dimension: for one-hot targets call target.argmax(",
-              a.input.dim() > 1 ? 1 : 0, ") or target.to(", a.input_name, ".dtype)");
+  TORCH_CHECK(
+      !probabilities || at::isFloatingType(a.target.scalar_type()), a.op,
+      ": Expected floating point type for target with class probabilities, got ", a.target.scalar_type(),
+      ". A target of the shape of ", a.input_name, " (", a.input.sizes(),
+      ") holds class probabilities; class indices have no class dimension: for one-hot targets call target.argmax(",
+      a.input.dim() > 1 ? 1 : 0, ") or target.to(", a.input_name, ".dtype)");
   if (a.takes_probabilities) {  // torch's exception types: its log_softmax comes first there
     TORCH_CHECK_INDEX(a.input.dim() > 0, a.op, ": Dimension out of range: ", a.input_name,
                       " has no dimension, expected (C), (N, C) or (N, C, d1, ..., dk)");
@@ -120,7 +125,8 @@ void check_loss_arguments(const LossArguments& a) {
   check_devices(a);
 }
 
-void raise_bad_target(const char* op, at::IntArrayRef sizes, int64_t row, int64_t value, int64_t classes, int64_t ignore_index) {
+void raise_bad_target(const char* op, at::IntArrayRef sizes, int64_t row, int64_t value, int64_t classes,
+                      int64_t ignore_index) {
   std::vector<int64_t> position(sizes.size());
   for (size_t d = sizes.size(); d-- > 0;) {
     position[d] = row % sizes[d];
@@ -134,17 +140,20 @@ void raise_bad_target(const char* op, at::IntArrayRef sizes, int64_t row, int64_
                     ", expected a class from 0 to ", classes - 1, " or ignore_index (", ignore_index, ")");
 }
 
-void check_saved(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel, const Tensor& input) {
-  TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel && t.device() == input.device(), op, ": ", name, " must have ",
-              numel, " elements of dtype ", dtype, " on ", input.device(), ", as the forward returns it, but got shape ",
-              t.sizes(), " of dtype ", t.scalar_type(), " on ", t.device());
+void check_saved(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
+                 const Tensor& input) {
+  TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel && t.device() == input.device(), op, ": ", name,
+              " must have ", numel, " elements of dtype ", dtype, " on ", input.device(),
+              ", as the forward returns it, but got shape ", t.sizes(), " of dtype ", t.scalar_type(), " on ",
+              t.device());
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel, const Tensor& input) {
   TORCH_CHECK(at::isFloatingType(grad_output.scalar_type()) && grad_output.numel() == numel &&
                   grad_output.device() == input.device(),
               op, ": grad_output must be floating point with ", numel, " elements (the loss has) on ", input.device(),
-              ", but got shape ", grad_output.sizes(), " of dtype ", grad_output.scalar_type(), " on ", grad_output.device());
+              ", but got shape ", grad_output.sizes(), " of dtype ", grad_output.scalar_type(), " on ",
+              grad_output.device());
 }
 
 FloatType float_type(const char* op, const char* name, ScalarType dtype) {
@@ -167,7 +176,8 @@ FloatType check_log_softmax_backward(const Tensor& grad_output, const Tensor& ou
   TORCH_CHECK(grad_output.sizes() == output.sizes() && grad_output.scalar_type() == output.scalar_type() &&
                   grad_output.device() == output.device(),
               "log_softmax: grad_output must have shape ", output.sizes(), " and dtype ", output.scalar_type(), " on ",
-              output.device(), ", but got ", grad_output.sizes(), " and ", grad_output.scalar_type(), " on ", grad_output.device());
+              output.device(), ", but got ", grad_output.sizes(), " and ", grad_output.scalar_type(), " on ",
+              grad_output.device());
   return float_type("log_softmax", "output", output.scalar_type());
 }
 

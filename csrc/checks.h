@@ -1,6 +1,6 @@
-// Every check of an input and its message, shared by the CPU and CUDA entries, autograd and autocast. A message names the
-// operator and the argument, what it got, what it takes, and the fix; where torch has a sentence for the same mistake that
-// sentence is in it, and the exception has torch's type.
+// Every check of an input and its message, shared by the CPU and CUDA entries, autograd and autocast. A message names
+// the operator and the argument, what it got, what it takes, and the fix; where torch has a sentence for the same
+// mistake that sentence is in it, and the exception has torch's type.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,9 +12,9 @@
 namespace nllx {
 
 struct LossArguments {
-  const char* op;             // "cross_entropy" or "nll_loss"
-  const char* input_name;     // "logits" or "log_probs"
-  bool takes_probabilities;   // cross_entropy: a target of the input's shape holds class probabilities
+  const char* op;            // "cross_entropy" or "nll_loss"
+  const char* input_name;    // "logits" or "log_probs"
+  bool takes_probabilities;  // cross_entropy: a target of the input's shape holds class probabilities
   const at::Tensor& input;
   const at::Tensor& target;
   const std::optional<at::Tensor>& weight;
@@ -29,8 +29,8 @@ bool targets_are_probabilities(const LossArguments& args);
 void check_loss_arguments(const LossArguments& args);
 
 // An index that is neither a class nor ignore_index; `row` counts through the target in row-major order.
-[[noreturn]] void raise_bad_target(const char* op, at::IntArrayRef target_sizes, int64_t row, int64_t value, int64_t classes,
-                                   int64_t ignore_index);
+[[noreturn]] void raise_bad_target(const char* op, at::IntArrayRef target_sizes, int64_t row, int64_t value,
+                                   int64_t classes, int64_t ignore_index);
 
 // For the backward operators: tensors that the forward has made must still fit.
 void check_saved(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel,

@@ -55,7 +55,8 @@ std::optional<Arrays> view_as_arrays(at::ArrayRef<at::Tensor> tensors, int64_t c
     Arrays a;
     a.layout = form == Form::kRows ? Layout::kRows : Layout::kPlanes;
     bool fits = true;
-    for (size_t i = 0; i < tensors.size() && fits; ++i) fits = view(tensors[i], class_dim, form, a.extent, a.strides[i]);
+    for (size_t i = 0; i < tensors.size() && fits; ++i)
+      fits = view(tensors[i], class_dim, form, a.extent, a.strides[i]);
     if (fits) return a;
   }
   return std::nullopt;

@@ -24,8 +24,8 @@ std::optional<Arrays> view_as_arrays(at::ArrayRef<at::Tensor> tensors, int64_t c
 // `output` as arrays to write; where it is neither rows nor planes it is replaced by a contiguous temporary.
 Arrays writable_arrays(at::Tensor& output, int64_t class_dim);
 
-// Input tensors of `log_softmax` with its output, in a layout that all share. Tensors are replaced by copies only where they
-// share none: first those before the last in the last one's layout, then all in the contiguous one.
+// Input tensors of `log_softmax` with its output, in a layout that all share. Tensors are replaced by copies only where
+// they share none: first those before the last in the last one's layout, then all in the contiguous one.
 Arrays share_layout(at::ArrayRef<at::Tensor*> inputs, at::Tensor& output, int64_t class_dim);
 
 }  // namespace nllx

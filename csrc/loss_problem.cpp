@@ -40,8 +40,8 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   const bool is_double = p.input.scalar_type() == ScalarType::Double;
   p.acc_dtype = is_double ? ScalarType::Double : ScalarType::Float;
   if (loss_dtype.has_value()) {
-    TORCH_CHECK(*loss_dtype == p.loss_dtype || *loss_dtype == p.acc_dtype, args.op, ": dtype must be ", p.loss_dtype, " or ",
-                p.acc_dtype, ", but got ", *loss_dtype);
+    TORCH_CHECK(*loss_dtype == p.loss_dtype || *loss_dtype == p.acc_dtype, args.op, ": dtype must be ", p.loss_dtype,
+                " or ", p.acc_dtype, ", but got ", *loss_dtype);
     p.loss_dtype = *loss_dtype;
   }
 
@@ -103,7 +103,8 @@ Arrays share_layout(LossProblem& loss, Tensor* output) {
 
 Tensor empty_loss(const LossProblem& loss, int64_t reduction) {
   const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
-  return at::empty(per_row ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(), loss.input.options().dtype(loss.loss_dtype));
+  return at::empty(per_row ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(),
+                   loss.input.options().dtype(loss.loss_dtype));
 }
 
 Tensor finish_gradient(const Tensor& computed, Tensor& grad, ScalarType dtype) {

@@ -1,5 +1,5 @@
-// From the arguments of a loss operator to what the kernels take: checks, dtype promotion and the contiguous copies of the
-// small tensors, the same for CPU and CUDA.
+// From the arguments of a loss operator to what the kernels take: checks, dtype promotion and the contiguous copies of
+// the small tensors, the same for CPU and CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,35 +21,37 @@ struct LossProblem {
   bool probabilities_given = false;
   int64_t class_dim = 0;
   at::ScalarType acc_dtype, loss_dtype;
-  std::vector<int64_t> row_sizes;  // the shape of an unreduced loss
+  std::vector<int64_t> row_sizes;            // the shape of an unreduced loss
   std::vector<int64_t> stats_sizes() const;  // (..., 2): maximum and log-sum of each row
-  Targets targets;                 // but for probability_strides
+  Targets targets;                           // but for probability_strides
 
   int64_t rows() const;
   // The divisor of the mean for probability targets: torch's numel / C, so the mean over no classes is NaN.
-  double probability_rows() const { return probabilities_given && input.numel() > 0 ? static_cast<double>(rows()) : 0.; }
+  double probability_rows() const {
+    return probabilities_given && input.numel() > 0 ? static_cast<double>(rows()) : 0.;
+  }
   FloatType float_type() const { return nllx::float_type("", "", input.scalar_type()); }
   bool loss_is_acc() const { return loss_dtype == acc_dtype; }
 };
 
-// Raises for bad arguments. `loss_dtype`: that of the loss; by default torch's, which is the dtype of the input, or that of
-// input, target and weight promoted for probability targets.
+// Raises for bad arguments. `loss_dtype`: that of the loss; by default torch's, which is the dtype of the input, or
+// that of input, target and weight promoted for probability targets.
 LossProblem make_loss_problem(const LossArguments& args, std::optional<at::ScalarType> loss_dtype);
 
 // The incoming gradient in acc, one per row or one in all; sets pointer and stride.
 at::Tensor incoming_gradient(const at::Tensor& grad_output, const LossProblem& loss, const char* op, int64_t reduction,
                              const void*& pointer, int64_t& stride);
 
-// Input, probabilities and the tensors written or read beside them, in a layout that they share. Only where they share none
-// they are made contiguous; `output`, if given, is then replaced by a contiguous temporary, and the caller copies it back.
-// This is the one place that copies logits.
+// Input, probabilities and the tensors written or read beside them, in a layout that they share. Only where they share
+// none they are made contiguous; `output`, if given, is then replaced by a contiguous temporary, and the caller copies
+// it back. This is the one place that copies logits.
 Arrays share_layout(LossProblem& loss, at::Tensor* output);
 
 // The uninitialised result: one number, or one per row.
 at::Tensor empty_loss(const LossProblem& loss, int64_t reduction);
 
-// The gradient that the kernel has written, as the operator returns it. Copies only where the input has no layout that the
-// kernels take, or another dtype.
+// The gradient that the kernel has written, as the operator returns it. Copies only where the input has no layout that
+// the kernels take, or another dtype.
 at::Tensor finish_gradient(const at::Tensor& computed, at::Tensor& grad, at::ScalarType dtype);
 
 }  // namespace nllx

@@ -8,8 +8,8 @@
 //   a_c = w_c ((1 - ε) p_c + ε / C)           and the row has   A = Σ a_c
 //   loss      = -Σ a_c (x_c - lse) = A log s - Σ a_c (x_c - m)
 //   gradient  = k (A exp(x_c - lse) - a_c)    with k the incoming gradient, divided by the divisor of a mean
-// where an index target y is p_c = [c = y], except that its first term takes the weight w_y alone, as torch does (w_c = w_y
-// there, so it is the same number).
+// where an index target y is p_c = [c = y], except that its first term takes the weight w_y alone, as torch does (w_c =
+// w_y there, so it is the same number).
 #pragma once
 
 #include <cstdint>
@@ -33,9 +33,9 @@ template <>
 struct AccOf<double> {
   using type = double;
 };
-// What the backward needs of a row beside its logits. The log-sum-exp is kept as its two parts, since their sum would lose
-// the smaller one: in float32 a row with lse = 1000 would know x - lse to 6e-5 only, and a row of the lowest finite number,
-// a common mask, would have a softmax of 1 instead of 1 / C.
+// What the backward needs of a row beside its logits. The log-sum-exp is kept as its two parts, since their sum would
+// lose the smaller one: in float32 a row with lse = 1000 would know x - lse to 6e-5 only, and a row of the lowest
+// finite number, a common mask, would have a softmax of 1 instead of 1 / C.
 template <typename acc>
 struct RowStats {
   acc max, log_sum;

@@ -17,11 +17,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(const at::T
                                                                      int64_t ignore_index, double label_smoothing,
                                                                      OptionalDtype dtype);
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                                  const OptionalTensor& weight, const at::Tensor& row_stats, const at::Tensor& total_weight,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing);
+                                  const OptionalTensor& weight, const at::Tensor& row_stats,
+                                  const at::Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                  double label_smoothing);
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& log_probs, const at::Tensor& target,
-                                                    const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                    OptionalDtype dtype);
+                                                    const OptionalTensor& weight, int64_t reduction,
+                                                    int64_t ignore_index, OptionalDtype dtype);
 at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& log_probs, const at::Tensor& target,
                              const OptionalTensor& weight, const at::Tensor& total_weight, int64_t reduction,
                              int64_t ignore_index);
@@ -29,16 +30,18 @@ at::Tensor log_softmax_forward(const at::Tensor& input, int64_t dim);
 at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim);
 
 // cpu/
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(const at::Tensor& logits, const at::Tensor& target,
-                                                                         const OptionalTensor& weight, int64_t reduction,
-                                                                         int64_t ignore_index, double label_smoothing,
-                                                                         OptionalDtype dtype);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(const at::Tensor& logits,
+                                                                         const at::Tensor& target,
+                                                                         const OptionalTensor& weight,
+                                                                         int64_t reduction, int64_t ignore_index,
+                                                                         double label_smoothing, OptionalDtype dtype);
 at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                                      const OptionalTensor& weight, const at::Tensor& row_stats, const at::Tensor& total_weight,
-                                      int64_t reduction, int64_t ignore_index, double label_smoothing);
+                                      const OptionalTensor& weight, const at::Tensor& row_stats,
+                                      const at::Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                      double label_smoothing);
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& log_probs, const at::Tensor& target,
-                                                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                        OptionalDtype dtype);
+                                                        const OptionalTensor& weight, int64_t reduction,
+                                                        int64_t ignore_index, OptionalDtype dtype);
 at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor& log_probs, const at::Tensor& target,
                                  const OptionalTensor& weight, const at::Tensor& total_weight, int64_t reduction,
                                  int64_t ignore_index);

@@ -65,7 +65,7 @@ struct CrossEntropyBackward {
   const void* logits = nullptr;
   Strides logits_strides;
   Targets targets;
-  const void* row_stats = nullptr;  // as the forward wrote them
+  const void* row_stats = nullptr;    // as the forward wrote them
   const void* grad_output = nullptr;  // acc; one per row (stride 1) or one in all (stride 0)
   int64_t grad_output_stride = 0;
   const void* total_weight = nullptr;  // acc; the divisor of the mean; null: no division

@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -74,30 +75,44 @@ def checks(device: torch.device) -> Iterator[tuple[str, float]]:
             name = f"cross_entropy {tuple(shape)} {str(dtype)[6:]} {reduction}"
             ours = logits.to(device, copy=True).requires_grad_()
             theirs = logits.to(torch.float64, copy=True).requires_grad_()
-            kwargs = {"reduction": reduction, "label_smoothing": smoothing}
+            kwargs: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
             moved = None if w is None else w.to(device)
             actual = nllx.functional.cross_entropy(ours, target.to(device), moved, **kwargs)
             wide = target.double() if target.is_floating_point() else target
             expected = torch.nn.functional.cross_entropy(theirs, wide, None if w is None else w.double(), **kwargs)
             yield from compare(name, actual, expected, ours, theirs, dtype)
-        ours, theirs = logits.to(device, copy=True).requires_grad_(), logits.to(torch.float64, copy=True).requires_grad_()
+        ours, theirs = (
+            logits.to(device, copy=True).requires_grad_(),
+            logits.to(torch.float64, copy=True).requires_grad_(),
+        )
         actual = nllx.functional.nll_loss(ours, index.to(device), weight.to(device), reduction=reduction)
         expected = torch.nn.functional.nll_loss(theirs, index, weight.double(), reduction=reduction)
-        yield from compare(f"nll_loss {tuple(shape)} {str(dtype)[6:]} {reduction}", actual, expected, ours, theirs, dtype)
-        ours, theirs = logits.to(device, copy=True).requires_grad_(), logits.to(torch.float64, copy=True).requires_grad_()
+        yield from compare(
+            f"nll_loss {tuple(shape)} {str(dtype)[6:]} {reduction}", actual, expected, ours, theirs, dtype
+        )
+        ours, theirs = (
+            logits.to(device, copy=True).requires_grad_(),
+            logits.to(torch.float64, copy=True).requires_grad_(),
+        )
         actual, expected = nllx.functional.log_softmax(ours, dim), torch.log_softmax(theirs, dim)
         yield from compare(f"log_softmax {tuple(shape)} {str(dtype)[6:]}", actual, expected, ours, theirs, dtype)
 
 
 def compare(
-    name: str, actual: torch.Tensor, expected: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype
+    name: str,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, float]]:
     if not expected.detach().abs().max() > torch.finfo(dtype).max:  # a sum that float16 cannot hold is infinite in both
         yield name, error(actual, expected.detach())
     gradient = torch.linspace(0.5, 1.5, max(expected.numel(), 1)).reshape(expected.shape).to(dtype)
     actual.backward(gradient.to(actual.device))
     expected.backward(gradient.double())
-    assert ours.grad is not None and theirs.grad is not None
+    assert ours.grad is not None
+    assert theirs.grad is not None
     yield f"{name}, gradient", error(ours.grad, theirs.grad)
 
 
@@ -112,7 +127,9 @@ def main() -> int:
             if not value <= 1.0:
                 wrong += 1
                 print(f"  DIFFERS on {device}: {name}: {value:.3g} times the tolerance", file=sys.stderr)
-        print(f"self-check         {device}: {count} comparisons with torch, largest error {worst:.0%} of the tolerance")
+        print(
+            f"self-check         {device}: {count} comparisons with torch, largest error {worst:.0%} of the tolerance"
+        )
     print("self-check         " + (f"{wrong} DIFFER" if wrong else "passed"))
     return 1 if wrong else 0
 

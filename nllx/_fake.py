@@ -44,9 +44,12 @@ def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, 
         if input.dim() == 1:
             if target.dim() == 1:
                 torch._check_value(
-                    target.shape[0] == 1, lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}"
+                    target.shape[0] == 1,
+                    lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}",
                 )
-            torch._check(target.dim() <= 1, lambda: f"{op}: 0D or 1D target tensor expected, multi-target not supported")
+            torch._check(
+                target.dim() <= 1, lambda: f"{op}: 0D or 1D target tensor expected, multi-target not supported"
+            )
         else:
             batch = target.shape[0] if target.dim() else 0
             torch._check_value(
@@ -60,16 +63,20 @@ def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, 
             )
         torch._check(
             target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-            lambda: f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {target.dtype}; "
-            "call target.long()",
+            lambda: (
+                f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {target.dtype}; "
+                "call target.long()"
+            ),
         )
     check_devices(op, input, target=target, weight=weight)
     if weight is not None:
         classes = input.shape[class_dim(input)]
         torch._check(
             weight.numel() == classes,
-            lambda: f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
-            f"tensor of shape: {list(weight.shape)}",
+            lambda: (
+                f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
+                f"tensor of shape: {list(weight.shape)}"
+            ),
         )
 
 
@@ -141,7 +148,9 @@ def _nll_loss_forward(
 ) -> tuple[Tensor, Tensor]:
     check_shapes("nll_loss", log_probs, target, weight, False)
     loss, acc = loss_dtypes(log_probs, target, weight, False, dtype)
-    return log_probs.new_empty(row_shape(log_probs) if reduction == 0 else [], dtype=loss), log_probs.new_empty([], dtype=acc)
+    return log_probs.new_empty(row_shape(log_probs) if reduction == 0 else [], dtype=loss), log_probs.new_empty(
+        [], dtype=acc
+    )
 
 
 def _nll_loss_backward(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import re
+import sys
 
 import torch
 
-_REBUILD = "rebuild it against the installed torch: pip install --no-build-isolation --force-reinstall --no-deps <nllx source>"
+_REBUILD = (
+    "rebuild it against the installed torch: pip install --no-build-isolation --force-reinstall --no-deps <nllx source>"
+)
 _MARK = rb"NLLX_TORCH_VERSION=([0-9A-Za-z.+_-]+)"
 
 
@@ -33,11 +36,14 @@ def load() -> None:
     spec = importlib.util.find_spec("nllx._C")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "nllx is not built: there is no nllx._C. Run `make build` in its source tree, or `pip install --no-build-isolation .`"
+            f"nllx is not built: there is no nllx._C for Python {sys.version_info.major}.{sys.version_info.minor}. Run "
+            "`make build` in its source tree, or `pip install --no-build-isolation .`"
         )
     built = _torch_built_against(spec.origin)
     if built is None or _release(built) != _release(torch.__version__):
-        raise ImportError(f"nllx was built against torch {built}, but torch {torch.__version__} is installed; {_REBUILD}")
+        raise ImportError(
+            f"nllx was built against torch {built}, but torch {torch.__version__} is installed; {_REBUILD}"
+        )
     try:
         from nllx import _C
     except ImportError as error:

@@ -17,7 +17,13 @@ _NONE, _MEAN, _SUM = 0, 1, 2
 
 
 def _rows(
-    op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, acc: torch.dtype
+    op: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    acc: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The coefficient of each class, a_c = w_c ((1 - eps) p_c + eps / C), and for index targets which rows count.
 
@@ -163,7 +169,7 @@ def nll_loss_backward(
     """Gradient of the log-probabilities: -k w_y at the target, zero elsewhere."""
     check_shapes("nll_loss", log_probs, target, weight, False)
     _, acc = loss_dtypes(log_probs, target, weight, False, None)
-    a, valid, divisor = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
+    a, _, divisor = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
     grad = -_incoming(grad_output.to(acc), divisor, log_probs, reduction) * a
     hit = torch.where(a != 0, grad, torch.zeros_like(grad))  # nothing but the target's entry, if the divisor is 0 too
     return hit.to(log_probs.dtype)

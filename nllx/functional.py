@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
-from torch.nn.functional import _get_softmax_dim
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import has_torch_function_unary
 
 __all__ = ["cross_entropy", "log_softmax", "nll_loss"]
@@ -93,7 +93,9 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+    if not (
+        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
+    ):
         _check_tensors("cross_entropy", input=input, target=target, weight=weight)
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
@@ -132,7 +134,9 @@ def nll_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+    if not (
+        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
+    ):
         _check_tensors("nll_loss", input=input, target=target, weight=weight)
     if type(ignore_index) is not int:
         ignore_index = _integer("nll_loss", "ignore_index", ignore_index)

@@ -163,8 +163,12 @@ def compile_host(nvcc: str, folder: str, pool: ThreadPoolExecutor) -> int:
     """Compiles the C++ sources that include CUDA's headers or depend on NLLX_WITH_CUDA; returns how many."""
     sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cuda/*.cpp")])
     names = ["NLLX_TORCH_VERSION", "NLLX_CUDA_VERSION", "NLLX_CUDA_ARCHITECTURES"]
-    macros = ["-DNLLX_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C", *(f'-D{name}=""' for name in names)]
-    list(pool.map(lambda source: compile_source(nvcc, source, macros, Path(folder, f"{source.name}.o")), sources))
+    # A CPU build of torch has c10's CUDA headers but for this one, which says how c10 was built.
+    macros_header = Path(folder, "c10", "cuda", "impl", "cuda_cmake_macros.h")
+    macros_header.parent.mkdir(parents=True)
+    macros_header.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    flags = ["-DNLLX_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C", *(f'-D{name}=""' for name in names), f"-I{folder}"]
+    list(pool.map(lambda source: compile_source(nvcc, source, flags, Path(folder, f"{source.name}.o")), sources))
     return len(sources)
 
 

@@ -13,7 +13,8 @@ struct ChunkResult {
   int64_t bad_target = -1;  // the first row whose index names no class
 };
 
-// Partition of a problem into chunks. Units are rows (Layout::kRows) or tiles of up to kTile neighbouring rows of one plane.
+// Partition of a problem into chunks. Units are rows (Layout::kRows) or tiles of up to kTile neighbouring rows of one
+// plane.
 struct Chunks {
   static constexpr int64_t kTile = 512;            // neighbouring rows of a plane that a kernel takes at a time
   static constexpr int64_t kElements = 16 * 1024;  // logits in a chunk, if a unit is smaller: some 5 µs of work

@@ -1,5 +1,5 @@
-// Every CPU kernel, compiled once per capability unit. Reads of a row go in blocks that stay in the first-level cache: one
-// pass for the maximum, one for the sum of exponentials, so memory is read once.
+// Every CPU kernel, compiled once per capability unit. Reads of a row go in blocks that stay in the first-level cache:
+// one pass for the maximum, one for the sum of exponentials, so memory is read once.
 #include "../online_softmax.h"
 #include "kernels.h"
 #include "vec.h"
@@ -32,7 +32,8 @@ ClassTerms<acc, P> class_terms(const Targets& t, const Extent& extent, int64_t o
   const Strides& s = t.probability_strides;
   const P* p = static_cast<const P*>(t.probabilities);
   return {p ? p + outer * s.outer + inner * s.inner : nullptr, s.classes, static_cast<const acc*>(t.weight),
-          static_cast<acc>(1. - t.label_smoothing), static_cast<acc>(t.label_smoothing / static_cast<double>(extent.classes))};
+          static_cast<acc>(1. - t.label_smoothing),
+          static_cast<acc>(t.label_smoothing / static_cast<double>(extent.classes))};
 }
 
 // The coefficients of kLanes classes from c on (rows), of which the first n exist.
@@ -166,7 +167,8 @@ NLLX_INLINE acc row_loss_of(const IndexTarget<acc>& y, acc scale, acc target_log
 // ---- cross entropy, forward ----
 
 template <typename T, Terms kTerms, typename P>
-void cross_entropy_forward_rows(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
+void cross_entropy_forward_rows(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
+                                ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   const int64_t classes = p.extent.classes;
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
@@ -182,7 +184,8 @@ void cross_entropy_forward_rows(const CrossEntropyForward& p, const Chunks& chun
       const RowSums<acc> s = row_sums<kTerms, T, acc, P>(x, classes, terms);
       stats = s.stats();
       const acc target_logit = kTerms == Terms::kProbabilities ? acc(0) : to_acc(x[y.index]) - stats.max;
-      loss = row_loss_of<kTerms>(y, terms.scale, target_logit, stats.log_sum, static_cast<acc>(s.dot), static_cast<acc>(s.mass));
+      loss = row_loss_of<kTerms>(y, terms.scale, target_logit, stats.log_sum, static_cast<acc>(s.dot),
+                                 static_cast<acc>(s.mass));
       result.loss += static_cast<double>(loss);
       result.weight += static_cast<double>(y.weight);
     }
@@ -199,7 +202,8 @@ struct Tile {
 NLLX_INLINE Tile tile_of(const Extent& extent, int64_t unit) {
   const int64_t tiles = Chunks::tiles_per_plane(extent);
   const int64_t outer = unit / tiles, inner = (unit - outer * tiles) * kTile;
-  return {outer, inner, outer * extent.inner + inner, static_cast<int>(extent.inner - inner < kTile ? extent.inner - inner : kTile)};
+  return {outer, inner, outer * extent.inner + inner,
+          static_cast<int>(extent.inner - inner < kTile ? extent.inner - inner : kTile)};
 }
 // The classes of a tile that are read twice while they are in the second-level cache.
 template <typename T>
@@ -219,14 +223,15 @@ NLLX_INLINE void store_some(T* p, Vec<typename AccOf<T>::type> v, int k) {
   }
 }
 // Calls body(i, k) for the vectors of a tile: lanes i to i + k - 1 exist.
-#define NLLX_FOR_VECTORS(i, k, width)                                     \
-  for ([[maybe_unused]] int i = 0, k = 0;                                 \
-       i < (width) && (k = (width)-i < kLanes<acc> ? (width)-i : kLanes<acc>, true); i += kLanes<acc>)
+#define NLLX_FOR_VECTORS(i, k, width)     \
+  for ([[maybe_unused]] int i = 0, k = 0; \
+       i < (width) && (k = (width) - i < kLanes<acc> ? (width) - i : kLanes<acc>, true); i += kLanes<acc>)
 
 template <Terms kTerms, typename acc, typename P>
 NLLX_INLINE Vec<acc> tile_coefficients(const ClassTerms<acc, P>& t, int64_t c, int i, int k) {
   Vec<acc> a = broadcast(t.uniform);
-  if constexpr (kTerms == Terms::kProbabilities) a += t.scale * load_some(t.probabilities + c * t.stride + i, k, acc(0));
+  if constexpr (kTerms == Terms::kProbabilities)
+    a += t.scale * load_some(t.probabilities + c * t.stride + i, k, acc(0));
   if (t.weight) a *= t.weight[c];
   return a;
 }
@@ -237,7 +242,8 @@ struct TileSums {
 };
 
 template <Terms kTerms, typename T, typename acc, typename P>
-NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, int width, const ClassTerms<acc, P>& terms, TileSums<acc>& s) {
+NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, int width,
+                           const ClassTerms<acc, P>& terms, TileSums<acc>& s) {
   const acc lowest = -static_cast<acc>(__builtin_inf());
   const int64_t block = classes_per_block<T>();
   alignas(64) acc before[kTile];
@@ -257,7 +263,8 @@ NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, in
     NLLX_FOR_VECTORS(i, k, width) {
       const Vec<acc> old_max = load(before + i), new_max = load(s.max + i);
       const Mask<acc> first = old_max == lowest;
-      const Vec<acc> shift = select(first, Vec<acc>{}, old_max - new_max);  // nothing has been summed before the first finite one
+      const Vec<acc> shift =
+          select(first, Vec<acc>{}, old_max - new_max);  // nothing has been summed before the first finite one
       store(s.sum + i, load(s.sum + i) * exp_vec(shift));
       if constexpr (kTerms != Terms::kNone) store(s.dot + i, load(s.dot + i) + load(s.mass + i) * shift);
     }
@@ -278,7 +285,8 @@ NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, in
 }
 
 template <typename T, Terms kTerms, typename P>
-void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
+void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
+                                  ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   const Extent& e = p.extent;
   TileSums<acc> s;
@@ -321,7 +329,8 @@ NLLX_INLINE Vec<acc> softmax_vec(Vec<acc> x, Vec<acc> max, Vec<acc> log_sum) {
 }
 
 template <typename T, Terms kTerms, typename P>
-void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
+void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
+                                 ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   constexpr int L = kLanes<acc>;
   const int64_t classes = p.extent.classes;
@@ -341,7 +350,8 @@ void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& ch
     const acc target_term = kTerms == Terms::kProbabilities ? acc(0) : terms.scale * y.weight;
     acc mass = target_term;  // A
     if constexpr (kTerms == Terms::kUniform) {
-      mass += terms.uniform * (terms.weight ? *static_cast<const acc*>(p.targets.weight_sum) : static_cast<acc>(classes));
+      mass +=
+          terms.uniform * (terms.weight ? *static_cast<const acc*>(p.targets.weight_sum) : static_cast<acc>(classes));
     }
     if constexpr (kTerms == Terms::kProbabilities) {
       double sum = 0;  // in blocks, so that few numbers are added in acc before the double takes them
@@ -362,7 +372,8 @@ void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& ch
     if constexpr (kTerms != Terms::kProbabilities) {
       at_target = k * mass * softmax_vec<acc>(broadcast(to_acc(x[y.index])), max, log_sum)[0];
       acc a = target_term;
-      if constexpr (kTerms == Terms::kUniform) a += terms.weight ? terms.uniform * terms.weight[y.index] : terms.uniform;
+      if constexpr (kTerms == Terms::kUniform)
+        a += terms.weight ? terms.uniform * terms.weight[y.index] : terms.uniform;
       at_target -= k * a;
     }
     for (int64_t c = 0; c < classes; c += L) {
@@ -376,7 +387,8 @@ void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& ch
 }
 
 template <typename T, Terms kTerms, typename P>
-void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
+void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
+                                   ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   const Extent& e = p.extent;
   struct {
@@ -392,7 +404,9 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
     if constexpr (kTerms == Terms::kProbabilities) {
       NLLX_FOR_VECTORS(i, k, tile.width) { store(s.mass + i, Vec<acc>{}); }
       for (int64_t c = 0; c < e.classes; ++c) {
-        NLLX_FOR_VECTORS(i, k, tile.width) { store(s.mass + i, load(s.mass + i) + tile_coefficients<kTerms>(terms, c, i, k)); }
+        NLLX_FOR_VECTORS(i, k, tile.width) {
+          store(s.mass + i, load(s.mass + i) + tile_coefficients<kTerms>(terms, c, i, k));
+        }
       }
     }
     for (int i = 0; i < tile.width; ++i) {
@@ -411,11 +425,13 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
         const acc target_term = terms.scale * y.weight;
         acc mass = target_term, a = target_term;
         if constexpr (kTerms == Terms::kUniform) {
-          mass += terms.uniform * (terms.weight ? *static_cast<const acc*>(p.targets.weight_sum) : static_cast<acc>(e.classes));
+          mass += terms.uniform *
+                  (terms.weight ? *static_cast<const acc*>(p.targets.weight_sum) : static_cast<acc>(e.classes));
           a += terms.weight ? terms.uniform * terms.weight[y.index] : terms.uniform;
         }
         const acc x_y = to_acc(x[y.index * p.logits_strides.classes + i]);
-        s.at_target[i] = k * mass * softmax_vec<acc>(broadcast(x_y), broadcast(stats.max), broadcast(stats.log_sum))[0] - k * a;
+        s.at_target[i] =
+            k * mass * softmax_vec<acc>(broadcast(x_y), broadcast(stats.max), broadcast(stats.log_sum))[0] - k * a;
         s.mass[i] = mass;
       }
       s.ka[i] = k * s.mass[i];
@@ -424,7 +440,8 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
       const T* plane = x + c * p.logits_strides.classes;
       T* grad_plane = grad + c * p.grad_strides.classes;
       NLLX_FOR_VECTORS(i, k, tile.width) {
-        Vec<acc> g = load(s.ka + i) * softmax_vec<acc>(load_some(plane + i, k, acc(0)), load(s.max + i), load(s.log_sum + i));
+        Vec<acc> g =
+            load(s.ka + i) * softmax_vec<acc>(load_some(plane + i, k, acc(0)), load(s.max + i), load(s.log_sum + i));
         if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, i, k);
         Mask<acc> valid;
         memcpy(&valid, s.valid + i, sizeof valid);
@@ -442,10 +459,11 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
 }
 
 // From the problem to the instance: layout, terms and the type of the probabilities.
-template <typename T, template <typename, Terms, typename> class Rows, template <typename, Terms, typename> class Planes, typename Problem>
+template <typename T, template <typename, Terms, typename> class Rows,
+          template <typename, Terms, typename> class Planes, typename Problem>
 NLLX_INLINE void run_cross_entropy(const Problem& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
   using acc = typename AccOf<T>::type;
-#define NLLX_RUN(kTerms, P)                                  \
+#define NLLX_RUN(kTerms, P)                                                      \
   (p.layout == Layout::kRows ? Rows<T, kTerms, P>::run(p, chunks, chunk, result) \
                              : Planes<T, kTerms, P>::run(p, chunks, chunk, result))
   if (p.targets.index) {
@@ -461,13 +479,13 @@ NLLX_INLINE void run_cross_entropy(const Problem& p, const Chunks& chunks, int64
   }
 #undef NLLX_RUN
 }
-#define NLLX_INSTANCE(Name, function)                                                                     \
-  template <typename T, Terms kTerms, typename P>                                                        \
-  struct Name {                                                                                          \
-    template <typename Problem>                                                                          \
-    static void run(const Problem& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {        \
-      function<T, kTerms, P>(p, chunks, chunk, result);                                                  \
-    }                                                                                                    \
+#define NLLX_INSTANCE(Name, function)                                                             \
+  template <typename T, Terms kTerms, typename P>                                                 \
+  struct Name {                                                                                   \
+    template <typename Problem>                                                                   \
+    static void run(const Problem& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) { \
+      function<T, kTerms, P>(p, chunks, chunk, result);                                           \
+    }                                                                                             \
   };
 NLLX_INSTANCE(ForwardRows, cross_entropy_forward_rows)
 NLLX_INSTANCE(ForwardPlanes, cross_entropy_forward_planes)
@@ -484,7 +502,8 @@ void cross_entropy_backward(const CrossEntropyBackward& p, const Chunks& chunks,
   run_cross_entropy<T, BackwardRows, BackwardPlanes>(p, chunks, chunk, result);
 }
 
-// ---- nll_loss: the forward gathers one number per row, the backward writes zeros and that number's place together ----
+// ---- nll_loss: the forward gathers one number per row, the backward writes zeros and that number's place together
+// ----
 
 template <typename T>
 void nll_loss_forward(const NllLossForward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
@@ -515,7 +534,8 @@ void nll_loss_backward(const NllLossBackward& p, const Chunks& chunks, int64_t c
     if (rows) {
       memset(grad, 0, sizeof(T) * static_cast<size_t>(e.classes));
     } else {
-      for (int64_t c = 0; c < e.classes; ++c) memset(grad + c * p.grad_strides.classes, 0, sizeof(T) * static_cast<size_t>(tile.width));
+      for (int64_t c = 0; c < e.classes; ++c)
+        memset(grad + c * p.grad_strides.classes, 0, sizeof(T) * static_cast<size_t>(tile.width));
     }
     for (int i = 0; i < tile.width; ++i) {
       const IndexTarget<acc> y = index_target<acc>(p.targets, e.classes, tile.row + i);
@@ -554,7 +574,8 @@ void log_softmax_forward_planes(const LogSoftmaxForward& p, const Chunks& chunks
     const Tile tile = tile_of(p.extent, unit);
     const T* x = static_cast<const T*>(p.input) + tile.outer * p.input_strides.outer + tile.inner;
     T* y = static_cast<T*>(p.output) + tile.outer * p.output_strides.outer + tile.inner;
-    tile_sums<Terms::kNone, T, acc, T>(x, p.input_strides.classes, p.extent.classes, tile.width, ClassTerms<acc, T>{}, s);
+    tile_sums<Terms::kNone, T, acc, T>(x, p.input_strides.classes, p.extent.classes, tile.width, ClassTerms<acc, T>{},
+                                       s);
     for (int i = 0; i < tile.width; ++i) {
       s.max[i] = finite_max(s.max[i]);
       s.sum[i] = log_acc(s.sum[i]);
@@ -576,14 +597,16 @@ void log_softmax_backward_rows(const LogSoftmaxBackward& p, const Chunks& chunks
   const int64_t classes = p.extent.classes;
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
     const int64_t outer = p.extent.inner == 1 ? row : row / p.extent.inner, inner = row - outer * p.extent.inner;
-    const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer + inner * p.grad_output_strides.inner;
+    const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer +
+                 inner * p.grad_output_strides.inner;
     const T* y = static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
     T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner;
     double sum = 0;
     for (int64_t start = 0; start < classes; start += 64 * L) {
       const int64_t end = classes - start < 64 * L ? classes : start + 64 * L;
       Vec<acc> block{};
-      for (int64_t c = start; c < end; c += L) block += load_some(g + c, end - c < L ? static_cast<int>(end - c) : L, acc(0));
+      for (int64_t c = start; c < end; c += L)
+        block += load_some(g + c, end - c < L ? static_cast<int>(end - c) : L, acc(0));
       sum += sum_of_lanes<acc>(block);
     }
     const Vec<acc> total = broadcast(static_cast<acc>(sum));
@@ -621,11 +644,13 @@ void log_softmax_backward_planes(const LogSoftmaxBackward& p, const Chunks& chun
 
 template <typename T>
 void log_softmax_forward(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
-  p.layout == Layout::kRows ? log_softmax_forward_rows<T>(p, chunks, chunk) : log_softmax_forward_planes<T>(p, chunks, chunk);
+  p.layout == Layout::kRows ? log_softmax_forward_rows<T>(p, chunks, chunk)
+                            : log_softmax_forward_planes<T>(p, chunks, chunk);
 }
 template <typename T>
 void log_softmax_backward(const LogSoftmaxBackward& p, const Chunks& chunks, int64_t chunk) {
-  p.layout == Layout::kRows ? log_softmax_backward_rows<T>(p, chunks, chunk) : log_softmax_backward_planes<T>(p, chunks, chunk);
+  p.layout == Layout::kRows ? log_softmax_backward_rows<T>(p, chunks, chunk)
+                            : log_softmax_backward_planes<T>(p, chunks, chunk);
 }
 
 }  // namespace

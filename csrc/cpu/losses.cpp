@@ -28,12 +28,14 @@ void set_scalar(Tensor& t, double value) {
 
 void raise_if_bad(const ChunkResult& result, const LossArguments& a, const LossProblem& loss) {
   if (result.bad_target < 0) return;
-  raise_bad_target(a.op, a.target.sizes(), result.bad_target, load_index(loss.targets.index, loss.targets.index_type, result.bad_target),
+  raise_bad_target(a.op, a.target.sizes(), result.bad_target,
+                   load_index(loss.targets.index, loss.targets.index_type, result.bad_target),
                    a.input.size(loss.class_dim), a.ignore_index);
 }
 
 // The mean over nothing is NaN, as torch has it.
-void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor, Tensor& total_weight) {
+void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
+            Tensor& total_weight) {
   const double weight = loss.probabilities_given ? loss.probability_rows() : result.weight;
   set_scalar(total_weight, weight);
   if (static_cast<Reduction>(reduction) == Reduction::kSum) set_scalar(loss_tensor, result.loss);
@@ -42,16 +44,19 @@ void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reductio
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                                             int64_t reduction, int64_t ignore_index, double label_smoothing,
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logits, const Tensor& target,
+                                                             const OptionalTensor& weight, int64_t reduction,
+                                                             int64_t ignore_index, double label_smoothing,
                                                              OptionalDtype dtype) {
-  const LossArguments args{"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing};
+  const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
+                           weight,          reduction, ignore_index, label_smoothing};
   LossProblem loss = make_loss_problem(args, dtype);
   Tensor result = empty_loss(loss, reduction);
   Tensor row_stats = at::empty(loss.stats_sizes(), logits.options().dtype(loss.acc_dtype));
   Tensor total_weight = at::empty({}, logits.options().dtype(loss.acc_dtype));
   ChunkResult total;
-  if (loss.probabilities_given && logits.numel() == 0) {  // a sum over no classes is zero, though its log-sum-exp is -inf
+  if (loss.probabilities_given &&
+      logits.numel() == 0) {  // a sum over no classes is zero, though its log-sum-exp is -inf
     result.zero_();
     row_stats.zero_();
   } else if (loss.rows() > 0) {
@@ -74,10 +79,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
   return {result, row_stats, total_weight};
 }
 
-Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                  const Tensor& row_stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                                  double label_smoothing) {
-  const LossArguments args{"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing};
+Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                  const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
+                           weight,          reduction, ignore_index, label_smoothing};
   LossProblem loss = make_loss_problem(args, std::nullopt);
   CrossEntropyBackward p;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
@@ -99,12 +105,14 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& logit
   p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
   const Chunks chunks(p.extent, p.layout);
   const auto kernel = cpu_capability().kernels->cross_entropy_backward[static_cast<int>(loss.float_type())];
-  raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args, loss);
+  raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
+               loss);
   return finish_gradient(computed, grad, logits.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                                                int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const Tensor& target,
+                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                OptionalDtype dtype) {
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
   LossProblem loss = make_loss_problem(args, dtype);
   Tensor result = empty_loss(loss, reduction);
@@ -130,8 +138,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const T
   return {result, total_weight};
 }
 
-Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                             const Tensor& total_weight, int64_t reduction, int64_t ignore_index) {
+Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
+                             const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
+                             int64_t ignore_index) {
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
   LossProblem loss = make_loss_problem(args, std::nullopt);
   NllLossBackward p;
@@ -149,7 +158,8 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   p.grad_strides = arrays.strides[0];
   const Chunks chunks(p.extent, p.layout);
   const auto kernel = cpu_capability().kernels->nll_loss_backward[static_cast<int>(loss.float_type())];
-  raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args, loss);
+  raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
+               loss);
   return finish_gradient(computed, grad, log_probs.scalar_type());
 }
 

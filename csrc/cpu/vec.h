@@ -1,10 +1,10 @@
-// Vectors of one width per capability unit, on the compiler's vector extension, so that one source gives SSE2 (or NEON),
-// AVX2 and AVX-512. Included by the capability units only, inside their namespace: everything here has internal
+// Vectors of one width per capability unit, on the compiler's vector extension, so that one source gives SSE2 (or
+// NEON), AVX2 and AVX-512. Included by the capability units only, inside their namespace: everything here has internal
 // linkage, since a function shared between units could be linked as its AVX-512 copy for everyone.
 #pragma once
 
-// NLLX_VECTOR_BYTES, and not __AVX2__ or __AVX512F__, selects the intrinsics: a target set in the source does not define
-// those macros in every compiler (GCC 12 reads all of a C++ file before it acts on the pragma).
+// NLLX_VECTOR_BYTES, and not __AVX2__ or __AVX512F__, selects the intrinsics: a target set in the source does not
+// define those macros in every compiler (GCC 12 reads all of a C++ file before it acts on the pragma).
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -235,15 +235,16 @@ NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
   return lanes[0];
 }
 
-// exp(x) for x ≤ 88 (float) or 709 (double): x = n ln 2 + r with |r| ≤ ln(2) / 2, a polynomial in r, and 2^n put into the
-// exponent bits. Below the smallest normal number the result is zero, for -inf too; NaN stays NaN. The constants of the
-// float version are those of Cephes expf (S. L. Moshier), error below 1 ulp in r; the double version is the Taylor series
-// to r^13, whose remainder is below 2^-57.
+// exp(x) for x ≤ 88 (float) or 709 (double): x = n ln 2 + r with |r| ≤ ln(2) / 2, a polynomial in r, and 2^n put into
+// the exponent bits. Below the smallest normal number the result is zero, for -inf too; NaN stays NaN. The constants of
+// the float version are those of Cephes expf (S. L. Moshier), error below 1 ulp in r; the double version is the Taylor
+// series to r^13, whose remainder is below 2^-57.
 NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
   const float lowest = -87.33654f;
   const Mask<float> flushed = x < lowest;
   x = select(flushed, broadcast(lowest), x);
-  const Vec<float> shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
+  const Vec<float> shifted =
+      x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
   const Vec<float> n = shifted - 12582912.f;
   Vec<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;

@@ -56,8 +56,9 @@ void raise_pending_bad_target() {
     record->ready = 0;
     std::atomic_thread_fence(std::memory_order_release);
     *const_cast<volatile int*>(&record->claimed) = 0;  // from here on the next one is recorded
-    TORCH_CHECK_INDEX(false, "nllx: Target ", bad.value, " is out of bounds. target.flatten()[", bad.row, "] of an earlier call is ",
-                      bad.value, ", expected a class from 0 to ", bad.classes - 1, " or ignore_index (", bad.ignore_index,
+    TORCH_CHECK_INDEX(false, "nllx: Target ", bad.value, " is out of bounds. target.flatten()[", bad.row,
+                      "] of an earlier call is ", bad.value, ", expected a class from 0 to ", bad.classes - 1,
+                      " or ignore_index (", bad.ignore_index,
                       "); its row got a NaN loss and a zero gradient. NLLX_SYNC_ERRORS=1 raises in the call itself");
   }
 }

@@ -1,5 +1,6 @@
-// Class indices out of range on a GPU. torch ends the context with a device-side assert; here the kernel leaves a record in
-// host memory, gives the row a NaN loss and a zero gradient, and the host raises IndexError at the next chance.
+// Class indices out of range on a GPU. torch ends the context with a device-side assert; here the kernel leaves a
+// record in host memory, gives the row a NaN loss and a zero gradient, and the host raises IndexError at the next
+// chance.
 #pragma once
 
 #include "kernels.h"

@@ -15,9 +15,13 @@ struct RowGradient {
   acc target_term, k, ka;
   RowStats<acc> stats;
 
-  __device__ __forceinline__ RowGradient(const CrossEntropyBackward& p, int64_t row, int64_t outer, int64_t inner, const void* mass,
-                                         bool reports, BadTarget* bad)
-      : terms(p.targets, p.extent.classes, outer, inner), has_terms(nllx::has_terms(p.targets)), counts(true), target(-1), target_term(0) {
+  __device__ __forceinline__ RowGradient(const CrossEntropyBackward& p, int64_t row, int64_t outer, int64_t inner,
+                                         const void* mass, bool reports, BadTarget* bad)
+      : terms(p.targets, p.extent.classes, outer, inner),
+        has_terms(nllx::has_terms(p.targets)),
+        counts(true),
+        target(-1),
+        target_term(0) {
     acc a;
     if (p.targets.index) {
       const IndexTarget<acc> y = index_target<acc>(p.targets, p.extent.classes, row);
@@ -44,14 +48,15 @@ struct RowGradient {
   }
 };
 
-// Unit of work: a row by `threads_per_row` threads. 16-byte reads, and 16-byte writes where gradient and logits are equally
-// aligned. Precondition: class stride 1. Plan: cuda_plan_streaming, CudaFamily::kBlockRows.
+// Unit of work: a row by `threads_per_row` threads. 16-byte reads, and 16-byte writes where gradient and logits are
+// equally aligned. Precondition: class stride 1. Plan: cuda_plan_streaming, CudaFamily::kBlockRows.
 template <typename T>
 __global__ void __launch_bounds__(256, 1)
     cross_entropy_backward_rows_kernel(CrossEntropyBackward p, int threads_per_row, const void* mass, BadTarget* bad) {
   const int t = threadIdx.x % threads_per_row;
   const int64_t rows_per_block = blockDim.x / threads_per_row, rows = p.extent.rows();
-  for (int64_t row = blockIdx.x * rows_per_block + threadIdx.x / threads_per_row; row < rows; row += gridDim.x * rows_per_block) {
+  for (int64_t row = blockIdx.x * rows_per_block + threadIdx.x / threads_per_row; row < rows;
+       row += gridDim.x * rows_per_block) {
     const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
@@ -76,7 +81,8 @@ __global__ void __launch_bounds__(256, 1)
 // Unit of work: a tile of blockDim neighbouring rows of one plane, a thread each. Precondition: inner stride 1.
 // Plan: CudaFamily::kPlanes.
 template <typename T>
-__global__ void __launch_bounds__(256, 1) cross_entropy_backward_planes_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
+__global__ void __launch_bounds__(256, 1)
+    cross_entropy_backward_planes_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
   const int64_t tiles = (p.extent.inner + blockDim.x - 1) / blockDim.x;
   for (int64_t tile = blockIdx.x; tile < p.extent.outer * tiles; tile += gridDim.x) {
     const int64_t outer = tile / tiles, inner = (tile - outer * tiles) * blockDim.x + threadIdx.x;
@@ -91,10 +97,11 @@ __global__ void __launch_bounds__(256, 1) cross_entropy_backward_planes_kernel(C
   }
 }
 
-// A of each row, for probability targets, which need not sum to one. Units of work as above; `threads_per_row` up to 32, or
-// the whole block.
+// A of each row, for probability targets, which need not sum to one. Units of work as above; `threads_per_row` up to
+// 32, or the whole block.
 template <typename T>
-__global__ void __launch_bounds__(512, 1) probability_mass_rows_kernel(Extent extent, Targets targets, int threads_per_row, void* mass) {
+__global__ void __launch_bounds__(512, 1)
+    probability_mass_rows_kernel(Extent extent, Targets targets, int threads_per_row, void* mass) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(acc, scratch, 32);
   const int t = threadIdx.x % threads_per_row;

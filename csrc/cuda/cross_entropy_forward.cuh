@@ -7,7 +7,8 @@ namespace nllx {
 
 // Writes what one thread knows of a whole row.
 template <typename T>
-__device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t row, const RowState<typename AccOf<T>::type>& s,
+__device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t row,
+                                           const RowState<typename AccOf<T>::type>& s,
                                            const IndexTarget<typename AccOf<T>::type>& y, const T* x, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   const bool index = p.targets.index != nullptr;
@@ -30,14 +31,16 @@ __device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t
 template <typename T>
 __device__ __forceinline__ IndexTarget<typename AccOf<T>::type> row_target(const CrossEntropyForward& p, int64_t row) {
   using acc = typename AccOf<T>::type;
-  return p.targets.index ? index_target<acc>(p.targets, p.extent.classes, row) : IndexTarget<acc>{0, true, false, acc(1)};
+  return p.targets.index ? index_target<acc>(p.targets, p.extent.classes, row)
+                         : IndexTarget<acc>{0, true, false, acc(1)};
 }
 
-// Unit of work: a row by `threads_per_row` threads of a warp, kValues logits each, strided so that neighbouring threads read
-// neighbouring logits. Reads each logit once and keeps it in a register, so the maximum is known before the sum.
+// Unit of work: a row by `threads_per_row` threads of a warp, kValues logits each, strided so that neighbouring threads
+// read neighbouring logits. Reads each logit once and keeps it in a register, so the maximum is known before the sum.
 // Preconditions: classes ≤ threads_per_row * kValues, class stride 1. Plan: CudaFamily::kRegisterRows.
 template <typename T, int kValues>
-__global__ void __launch_bounds__(128, 1) cross_entropy_forward_register_rows_kernel(CrossEntropyForward p, int threads_per_row, BadTarget* bad) {
+__global__ void __launch_bounds__(128, 1)
+    cross_entropy_forward_register_rows_kernel(CrossEntropyForward p, int threads_per_row, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   const int lane = threadIdx.x % threads_per_row;
   const int64_t rows_per_block = blockDim.x / threads_per_row, rows = p.extent.rows(), classes = p.extent.classes;
@@ -80,7 +83,8 @@ __global__ void __launch_bounds__(128, 1) cross_entropy_forward_register_rows_ke
 }
 
 template <typename T, bool kTerms>
-__device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const T* x, int64_t classes, const ClassTerms<T>& a, int t, int threads) {
+__device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const T* x, int64_t classes,
+                                                                          const ClassTerms<T>& a, int t, int threads) {
   using acc = typename AccOf<T>::type;
   RowState<acc> s = RowState<acc>::empty();
   for_classes(
@@ -94,7 +98,8 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
         }
         s.raise_max(m);
 #pragma unroll
-        for (int i = 0; i < Vector<T>::kSize; ++i) s.template add_below_max<kTerms>(to_acc(v.values[i]), kTerms ? a(c + i) : acc(0));
+        for (int i = 0; i < Vector<T>::kSize; ++i)
+          s.template add_below_max<kTerms>(to_acc(v.values[i]), kTerms ? a(c + i) : acc(0));
       });
   return s;
 }
@@ -102,7 +107,8 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
 // Unit of work: a row by a block. Reads each logit once, 16 bytes at a time. Precondition: class stride 1.
 // Plan: CudaFamily::kBlockRows.
 template <typename T>
-__global__ void __launch_bounds__(512, 1) cross_entropy_forward_block_rows_kernel(CrossEntropyForward p, BadTarget* bad) {
+__global__ void __launch_bounds__(512, 1)
+    cross_entropy_forward_block_rows_kernel(CrossEntropyForward p, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(RowState<acc>, scratch, 32);
   const int64_t rows = p.extent.rows(), classes = p.extent.classes;
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(512, 1) cross_entropy_forward_block_rows_kerne
 }
 
 template <typename T, bool kTerms>
-__device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_column(const T* x, int64_t stride, int64_t classes, const ClassTerms<T>& a) {
+__device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_column(const T* x, int64_t stride,
+                                                                             int64_t classes, const ClassTerms<T>& a) {
   using acc = typename AccOf<T>::type;
   constexpr int kAtOnce = 8;  // loads in flight
   RowState<acc> s = RowState<acc>::empty();

@@ -47,8 +47,9 @@ __device__ __forceinline__ int64_t elements_to_alignment(const T* p, int64_t n) 
   return head < n ? head : n;
 }
 
-// Calls one(c) or many(c, vector) for the classes of a row that thread `t` of `threads` takes: single ones up to the first
-// aligned address and after the last whole vector, vectors between, so that a row of any alignment is read in 16 bytes.
+// Calls one(c) or many(c, vector) for the classes of a row that thread `t` of `threads` takes: single ones up to the
+// first aligned address and after the last whole vector, vectors between, so that a row of any alignment is read in 16
+// bytes.
 template <typename T, typename One, typename Many>
 __device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, One one, Many many) {
   constexpr int kSize = Vector<T>::kSize;

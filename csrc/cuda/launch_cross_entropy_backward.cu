@@ -14,7 +14,8 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
       if (plan.family == CudaFamily::kPlanes) {
         CUDA_LAUNCH((probability_mass_planes_kernel<T>), grid, block, 0, stream, p.extent, p.targets, mass);
       } else {
-        CUDA_LAUNCH((probability_mass_rows_kernel<T>), grid, block, 0, stream, p.extent, p.targets, plan.threads_per_row, mass);
+        CUDA_LAUNCH((probability_mass_rows_kernel<T>), grid, block, 0, stream, p.extent, p.targets,
+                    plan.threads_per_row, mass);
       }
     }
     const CudaPlan plan = cuda_plan_streaming(p.extent, p.layout, static_cast<int>(sizeof(T)));
@@ -23,7 +24,8 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
     if (plan.family == CudaFamily::kPlanes) {
       CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T>), grid, block, 0, stream, p, read_mass, bad);
     } else {
-      CUDA_LAUNCH((cross_entropy_backward_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row, read_mass, bad);
+      CUDA_LAUNCH((cross_entropy_backward_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row, read_mass,
+                  bad);
     }
   });
   return cudaGetLastError();

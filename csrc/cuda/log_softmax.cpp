@@ -25,8 +25,9 @@ Tensor log_softmax_forward_cuda(const Tensor& input, int64_t dim) {
   if (input.dim() == 0) return output.copy_(input.sub(input));  // one class: log 1, and NaN for what has no logarithm
   Tensor source = input, computed = output;
   const Arrays arrays = share_layout({&source}, computed, dim);
-  LogSoftmaxForward p{arrays.extent, arrays.layout, source.const_data_ptr(), arrays.strides[0], computed.mutable_data_ptr(),
-                      arrays.strides[1]};
+  LogSoftmaxForward p{
+      arrays.extent,    arrays.layout, source.const_data_ptr(), arrays.strides[0], computed.mutable_data_ptr(),
+      arrays.strides[1]};
   C10_CUDA_CHECK(launch_log_softmax_forward(p, type, c10::cuda::getCurrentCUDAStream()));
   return computed.is_same(output) ? output : output.copy_(computed);
 }
@@ -41,8 +42,8 @@ Tensor log_softmax_backward_cuda(const Tensor& grad_output, const Tensor& output
   if (output.dim() == 0) return grad.copy_(grad_output.sub(output.exp().mul(grad_output)));
   Tensor g = grad_output, y = output, computed = grad;
   const Arrays arrays = share_layout({&g, &y}, computed, dim);
-  LogSoftmaxBackward p{arrays.extent,      arrays.layout,      g.const_data_ptr(),          arrays.strides[0], y.const_data_ptr(),
-                       arrays.strides[1], computed.mutable_data_ptr(), arrays.strides[2]};
+  LogSoftmaxBackward p{arrays.extent,      arrays.layout,     g.const_data_ptr(),          arrays.strides[0],
+                       y.const_data_ptr(), arrays.strides[1], computed.mutable_data_ptr(), arrays.strides[2]};
   C10_CUDA_CHECK(launch_log_softmax_backward(p, type, c10::cuda::getCurrentCUDAStream()));
   return computed.is_same(grad) ? grad : grad.copy_(computed);
 }

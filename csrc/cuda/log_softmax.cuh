@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(512, 1) log_softmax_forward_rows_kernel(LogSof
     if (!exists) continue;
     const RowStats<acc> stats = s.stats();
     T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
-    for (int64_t c = t; c < classes; c += threads_per_row) y[c] = from_acc<T>((to_acc(x[c]) - stats.max) - stats.log_sum);
+    for (int64_t c = t; c < classes; c += threads_per_row)
+      y[c] = from_acc<T>((to_acc(x[c]) - stats.max) - stats.log_sum);
   }
 }
 
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(256, 1) log_softmax_forward_planes_kernel(LogS
     const RowStats<acc> stats =
         state_of_column<T, false>(x, p.input_strides.classes, classes, ClassTerms<T>(Targets(), classes, 0, 0)).stats();
     for (int64_t c = 0; c < classes; ++c) {
-      y[c * p.output_strides.classes] = from_acc<T>((to_acc(x[c * p.input_strides.classes]) - stats.max) - stats.log_sum);
+      y[c * p.output_strides.classes] =
+          from_acc<T>((to_acc(x[c * p.input_strides.classes]) - stats.max) - stats.log_sum);
     }
   }
 }
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(512, 1) log_softmax_backward_rows_kernel(LogSo
     const int64_t row = first + threadIdx.x / threads_per_row;
     const bool exists = row < rows;
     const int64_t outer = exists ? row / p.extent.inner : 0, inner = exists ? row - outer * p.extent.inner : 0;
-    const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer + inner * p.grad_output_strides.inner;
+    const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer +
+                 inner * p.grad_output_strides.inner;
     const T* y = static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
     T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner;
     acc sum = 0;
@@ -70,7 +73,8 @@ __global__ void __launch_bounds__(512, 1) log_softmax_backward_rows_kernel(LogSo
     }
     sum = threads_per_row <= 32 ? sum_in_warp(sum, threads_per_row) : sum_in_block(sum, scratch);
     if (!exists) continue;
-    for (int64_t c = t; c < classes; c += threads_per_row) grad[c] = from_acc<T>(to_acc(g[c]) - exp_acc(to_acc(y[c])) * sum);
+    for (int64_t c = t; c < classes; c += threads_per_row)
+      grad[c] = from_acc<T>(to_acc(g[c]) - exp_acc(to_acc(y[c])) * sum);
   }
 }
 
@@ -88,7 +92,8 @@ __global__ void __launch_bounds__(256, 1) log_softmax_backward_planes_kernel(Log
     for (int64_t c = 0; c < classes; ++c) sum += to_acc(g[c * p.grad_output_strides.classes]);
     for (int64_t c = 0; c < classes; ++c) {
       const acc softmax = exp_acc(to_acc(y[c * p.output_strides.classes]));
-      grad[c * p.grad_input_strides.classes] = from_acc<T>(to_acc(g[c * p.grad_output_strides.classes]) - softmax * sum);
+      grad[c * p.grad_input_strides.classes] =
+          from_acc<T>(to_acc(g[c * p.grad_output_strides.classes]) - softmax * sum);
     }
   }
 }

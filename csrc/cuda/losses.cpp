@@ -1,4 +1,5 @@
-// CUDA entries of cross_entropy and nll_loss: checks, problem, launches on the current stream. No call waits for the device.
+// CUDA entries of cross_entropy and nll_loss: checks, problem, launches on the current stream. No call waits for the
+// device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -32,8 +33,8 @@ struct RowLoss {
   }
 };
 
-void reduce_rows(const LossProblem& loss, const Extent& extent, const RowLoss& rows, int64_t reduction, Tensor& result, Tensor& total_weight,
-                 cudaStream_t stream) {
+void reduce_rows(const LossProblem& loss, const Extent& extent, const RowLoss& rows, int64_t reduction, Tensor& result,
+                 Tensor& total_weight, cudaStream_t stream) {
   LossReduction r;
   r.reduction = static_cast<Reduction>(reduction);
   r.loss_is_acc = loss.loss_is_acc();
@@ -52,12 +53,14 @@ void fill_empty(const LossProblem& loss, int64_t reduction, Tensor& result, Tens
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                                              int64_t reduction, int64_t ignore_index, double label_smoothing,
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logits, const Tensor& target,
+                                                              const OptionalTensor& weight, int64_t reduction,
+                                                              int64_t ignore_index, double label_smoothing,
                                                               OptionalDtype dtype) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(logits.device());
-  const LossArguments args{"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing};
+  const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
+                           weight,          reduction, ignore_index, label_smoothing};
   LossProblem loss = make_loss_problem(args, dtype);
   Tensor result = empty_loss(loss, reduction);
   Tensor row_stats = at::empty(loss.stats_sizes(), logits.options().dtype(loss.acc_dtype));
@@ -85,12 +88,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
   return {result, row_stats, total_weight};
 }
 
-Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                   const Tensor& row_stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                                   double label_smoothing) {
+Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                   const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
+                                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(logits.device());
-  const LossArguments args{"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing};
+  const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
+                           weight,          reduction, ignore_index, label_smoothing};
   LossProblem loss = make_loss_problem(args, std::nullopt);
   CrossEntropyBackward p;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
@@ -112,13 +116,15 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logi
   p.grad_logits = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
   const Tensor mass = at::empty({loss.probabilities_given ? loss.rows() : 0}, logits.options().dtype(loss.acc_dtype));
-  C10_CUDA_CHECK(launch_cross_entropy_backward(p, loss.float_type(), mass.mutable_data_ptr(), bad_target_record(), stream));
+  C10_CUDA_CHECK(
+      launch_cross_entropy_backward(p, loss.float_type(), mass.mutable_data_ptr(), bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
   return finish_gradient(computed, grad, logits.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                                                 int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                 OptionalDtype dtype) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(log_probs.device());
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
@@ -145,8 +151,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const 
   return {result, total_weight};
 }
 
-Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                              const Tensor& total_weight, int64_t reduction, int64_t ignore_index) {
+Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
+                              const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
+                              int64_t ignore_index) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(log_probs.device());
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
@@ -177,8 +184,9 @@ Tensor checked_target_cuda(const Tensor& target, int64_t classes, int64_t ignore
   Tensor result = at::empty(target.sizes(), target.options().dtype(at::kLong));
   if (target.numel() == 0) return result;
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(launch_checked_target(source.const_data_ptr(), index_type(source.scalar_type()), source.numel(), classes, ignore_index,
-                                       result.mutable_data_ptr<int64_t>(), bad_target_record(), stream));
+  C10_CUDA_CHECK(launch_checked_target(source.const_data_ptr(), index_type(source.scalar_type()), source.numel(),
+                                       classes, ignore_index, result.mutable_data_ptr<int64_t>(), bad_target_record(),
+                                       stream));
   raise_bad_target_if_synchronous(stream);
   return result;
 }

@@ -26,18 +26,21 @@ __global__ void __launch_bounds__(256, 1) nll_loss_forward_kernel(NllLossForward
   }
 }
 
-// Writes each number of the gradient once: -k w_y at the target, zero elsewhere. Reads no log-probability. A thread per row
-// of a plane, or `threads_per_row` threads per row.
+// Writes each number of the gradient once: -k w_y at the target, zero elsewhere. Reads no log-probability. A thread per
+// row of a plane, or `threads_per_row` threads per row.
 template <typename T>
-__global__ void __launch_bounds__(256, 1) nll_loss_backward_kernel(NllLossBackward p, int threads_per_row, BadTarget* bad) {
+__global__ void __launch_bounds__(256, 1)
+    nll_loss_backward_kernel(NllLossBackward p, int threads_per_row, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   const bool planes = p.layout == Layout::kPlanes;
-  const int rows_per_block = blockDim.x / threads_per_row, t = threadIdx.x % threads_per_row, r = threadIdx.x / threads_per_row;
+  const int rows_per_block = blockDim.x / threads_per_row, t = threadIdx.x % threads_per_row,
+            r = threadIdx.x / threads_per_row;
   const int64_t tiles = planes ? (p.extent.inner + rows_per_block - 1) / rows_per_block : 1;
   const int64_t units = planes ? p.extent.outer * tiles : (p.extent.rows() + rows_per_block - 1) / rows_per_block;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int64_t outer = planes ? unit / tiles : (unit * rows_per_block + r) / p.extent.inner;
-    const int64_t inner = planes ? (unit - outer * tiles) * rows_per_block + r : unit * rows_per_block + r - outer * p.extent.inner;
+    const int64_t inner =
+        planes ? (unit - outer * tiles) * rows_per_block + r : unit * rows_per_block + r - outer * p.extent.inner;
     if (inner >= p.extent.inner || outer >= p.extent.outer) continue;
     const int64_t row = outer * p.extent.inner + inner;
     const IndexTarget<acc> y = index_target<acc>(p.targets, p.extent.classes, row);
@@ -67,14 +70,16 @@ __device__ __forceinline__ void finish_reduction(const LossReduction& r, double 
 // The losses and weights of kRowsPerPartial rows by a block, in double and in fixed order; if there is one block, it
 // finishes. Weights are those of the targets, so that the forward kernels need not write them.
 template <typename T>
-__global__ void __launch_bounds__(512, 1) loss_partials_kernel(LossReduction r, Extent extent, Targets targets, const void* row_loss, bool row_loss_is_acc) {
+__global__ void __launch_bounds__(512, 1)
+    loss_partials_kernel(LossReduction r, Extent extent, Targets targets, const void* row_loss, bool row_loss_is_acc) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(double, scratch, 32);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRowsPerPartial;
   const int64_t end = begin + kRowsPerPartial < extent.rows() ? begin + kRowsPerPartial : extent.rows();
   double loss = 0, weight = 0;
   for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
-    loss += static_cast<double>(row_loss_is_acc ? static_cast<const acc*>(row_loss)[row] : to_acc(static_cast<const T*>(row_loss)[row]));
+    loss += static_cast<double>(row_loss_is_acc ? static_cast<const acc*>(row_loss)[row]
+                                                : to_acc(static_cast<const T*>(row_loss)[row]));
     weight += targets.index ? static_cast<double>(index_target<acc>(targets, extent.classes, row).weight) : 1.;
   }
   loss = sum_in_block(loss, scratch);
@@ -104,8 +109,10 @@ __global__ void __launch_bounds__(512, 1) loss_total_kernel(LossReduction r, int
 
 // The classes of a target as int64, zero where ignored or out of range.
 __global__ void __launch_bounds__(256, 1)
-    checked_target_kernel(const void* target, IndexType type, int64_t n, int64_t classes, int64_t ignore_index, int64_t* out, BadTarget* bad) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    checked_target_kernel(const void* target, IndexType type, int64_t n, int64_t classes, int64_t ignore_index,
+                          int64_t* out, BadTarget* bad) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t y = load_index(target, type, i);
     const bool ignored = y == ignore_index, counts = !ignored && is_class(y, classes);
     if (!ignored && !counts) report_bad_target(bad, i, y, classes, ignore_index);

@@ -6,8 +6,8 @@ namespace nllx {
 
 namespace {
 
-// Blocks beyond this walk over the rest: the first grid dimension ends at 2^31 - 1, and launching a few waves of every chip
-// costs less than launching millions of blocks.
+// Blocks beyond this walk over the rest: the first grid dimension ends at 2^31 - 1, and launching a few waves of every
+// chip costs less than launching millions of blocks.
 constexpr int64_t kMostBlocks = 1 << 20;
 
 struct Row {
@@ -18,8 +18,8 @@ struct Row {
 // Few classes: a power of two of threads that holds them with one value each.
 constexpr Row kThreadsPerRegisterRow[] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {INT64_MAX, 32}};
 
-// A block per row: at least 16 logits for a thread, so that several loads are in flight, and a reduction over few warps. Not
-// 1024 threads: 64 registers a thread are too few for float64.
+// A block per row: at least 16 logits for a thread, so that several loads are in flight, and a reduction over few
+// warps. Not 1024 threads: 64 registers a thread are too few for float64.
 constexpr Row kThreadsPerBlockRow[] = {{2048, 128}, {8192, 256}, {INT64_MAX, 512}};
 
 // Beyond 8 logits a thread the row is read by a block instead: 32 * 8.

@@ -15,10 +15,10 @@ enum class CudaFamily : uint8_t {
 
 struct CudaPlan {
   CudaFamily family;
-  int threads;           // of a block
-  int threads_per_row;   // a power of two up to 32, or all threads of the block
-  int rows_per_block;    // that are worked on at once
-  int values_per_thread; // kRegisterRows: logits of a row that a thread holds
+  int threads;            // of a block
+  int threads_per_row;    // a power of two up to 32, or all threads of the block
+  int rows_per_block;     // that are worked on at once
+  int values_per_thread;  // kRegisterRows: logits of a row that a thread holds
   int64_t blocks;
 };
 

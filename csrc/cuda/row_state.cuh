@@ -60,19 +60,20 @@ struct RowState {
   __device__ __forceinline__ RowStats<acc> stats() const { return {finite_max(max), log_acc(sum)}; }
 };
 
-// All lanes of each aligned group of `width` (a power of two) lanes end with the state of the group. Every lane of the warp
-// takes part.
+// All lanes of each aligned group of `width` (a power of two) lanes end with the state of the group. Every lane of the
+// warp takes part.
 template <typename acc>
 __device__ __forceinline__ void merge_in_warp(RowState<acc>& s, int width) {
   for (int offset = width / 2; offset > 0; offset /= 2) {
     const RowState<acc> other{__shfl_xor_sync(0xffffffffu, s.max, offset), __shfl_xor_sync(0xffffffffu, s.sum, offset),
-                              __shfl_xor_sync(0xffffffffu, s.dot, offset), __shfl_xor_sync(0xffffffffu, s.mass, offset)};
+                              __shfl_xor_sync(0xffffffffu, s.dot, offset),
+                              __shfl_xor_sync(0xffffffffu, s.mass, offset)};
     s.merge(other);
   }
 }
 
-// All threads of the block end with the state of the block, in the same order of merging everywhere. `scratch` is shared
-// memory for 32 states.
+// All threads of the block end with the state of the block, in the same order of merging everywhere. `scratch` is
+// shared memory for 32 states.
 template <typename acc>
 __device__ __forceinline__ void merge_in_block(RowState<acc>& s, RowState<acc>* scratch) {
   merge_in_warp(s, 32);

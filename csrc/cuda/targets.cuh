@@ -5,7 +5,8 @@
 
 namespace nllx {
 
-__device__ __forceinline__ void report_bad_target(BadTarget* bad, int64_t row, int64_t value, int64_t classes, int64_t ignore_index) {
+__device__ __forceinline__ void report_bad_target(BadTarget* bad, int64_t row, int64_t value, int64_t classes,
+                                                  int64_t ignore_index) {
   if (atomicCAS(&bad->claimed, 0, 1) != 0) return;
   bad->row = row;
   bad->value = value;
@@ -56,7 +57,8 @@ struct ClassTerms {
     acc a = uniform;
     if (probabilities) {
       const int64_t i = offset + c * stride;
-      a += scale * (are_acc ? static_cast<const acc*>(probabilities)[i] : to_acc(static_cast<const T*>(probabilities)[i]));
+      a += scale *
+           (are_acc ? static_cast<const acc*>(probabilities)[i] : to_acc(static_cast<const T*>(probabilities)[i]));
     }
     return weight ? a * weight[c] : a;
   }
@@ -67,7 +69,9 @@ struct ClassTerms {
   }
 };
 
-__device__ __forceinline__ bool has_terms(const Targets& t) { return t.probabilities != nullptr || t.label_smoothing > 0; }
+__device__ __forceinline__ bool has_terms(const Targets& t) {
+  return t.probabilities != nullptr || t.label_smoothing > 0;
+}
 
 template <typename T>
 __device__ __forceinline__ void store_row_loss(void* row_loss, bool is_acc, int64_t row, typename AccOf<T>::type loss) {
@@ -81,15 +85,16 @@ __device__ __forceinline__ void store_row_loss(void* row_loss, bool is_acc, int6
 
 // The loss of a row from its state: A log s - Σ a (x - m), and the target's own term for an index.
 template <typename acc>
-__device__ __forceinline__ acc row_loss_of(const RowState<acc>& s, const RowStats<acc>& stats, bool terms, bool index, acc target_weight,
-                                           acc target_logit) {
+__device__ __forceinline__ acc row_loss_of(const RowState<acc>& s, const RowStats<acc>& stats, bool terms, bool index,
+                                           acc target_weight, acc target_logit) {
   acc loss = index ? -weighted(target_weight, (target_logit - stats.max) - stats.log_sum) : acc(0);
   if (terms) loss += s.mass * stats.log_sum - s.dot;
   return loss;
 }
 
 template <typename acc>
-__device__ __forceinline__ acc incoming_gradient(const void* grad_output, int64_t stride, const void* total_weight, int64_t row) {
+__device__ __forceinline__ acc incoming_gradient(const void* grad_output, int64_t stride, const void* total_weight,
+                                                 int64_t row) {
   const acc g = static_cast<const acc*>(grad_output)[row * stride];
   return total_weight ? g / *static_cast<const acc*>(total_weight) : g;
 }

@@ -20,7 +20,7 @@ EXPORT_FUNCTION(cuda_plan_reduction)
 EXPORT_FUNCTION(cuda_plan_rows)
 EXPORT_FUNCTION(cuda_plan_streaming)
 
-#define EXPORT_SIZE(name)          \
+#define EXPORT_SIZE(name)             \
   EXPORT const int64_t sizeof_##name; \
   const int64_t sizeof_##name = sizeof(nllx::name);
 

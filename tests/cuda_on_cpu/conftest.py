@@ -26,7 +26,7 @@ def kernels() -> Kernels:
     return Kernels(kernels_library())
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """The oracle's tensors are small: waiting for other threads of torch takes longer than they do."""
     threads = torch.get_num_threads()

@@ -18,8 +18,8 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C" void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file, unsigned* line,
-                                                unsigned* column, char** address);
+extern "C" void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file,
+                                                unsigned* line, unsigned* column, char** address);
 
 namespace cuda_emulator {
 
@@ -45,8 +45,8 @@ struct Fiber {
   uint64_t result = 0;     // of a warp collective
 };
 
-// The lanes of one mask that have arrived at a collective. Subsets of a warp may meet apart, so there is one for each mask
-// that is in use; a wrong mask ends as a deadlock.
+// The lanes of one mask that have arrived at a collective. Subsets of a warp may meet apart, so there is one for each
+// mask that is in use; a wrong mask ends as a deadlock.
 struct Meeting {
   unsigned mask, arrived;
   const char* name;
@@ -69,7 +69,7 @@ std::vector<Meeting> meetings[kMostThreads / kWarp];
 std::string error;         // of the block, or what the sanitizer reported; ends the launch
 std::string last_message;  // of the last launch that failed
 cudaError_t last_error = cudaSuccess;
-std::string launch_log;    // a line for each launch: kernel, blocks, threads
+std::string launch_log;  // a line for each launch: kernel, blocks, threads
 std::mt19937_64 random_bits;
 
 // In a function, since static constructors of other files add to it.
@@ -103,8 +103,8 @@ void run_fiber() {
 }
 
 char* stack_of(unsigned thread) {
-  static char* const stacks =
-      static_cast<char*>(mmap(nullptr, kStackBytes * kMostThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static char* const stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMostThreads, PROT_READ | PROT_WRITE,
+                                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   return stacks + thread * kStackBytes;
 }
 
@@ -124,16 +124,19 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
   setcontext(&start);
 }
 
-// A wild access ends the launch and not the process.
+// An access outside of the memory of the process ends the launch and not the process.
 void handle_fault(int) {
-  if (error.empty()) error = "segmentation fault";
+  if (error.empty()) {
+    error = "segmentation fault in thread " + std::to_string(current->thread) + " of block " +
+            std::to_string(block_index.x);
+  }
   _longjmp(scheduler, 1);
 }
 
 class FaultHandler {
  public:
   FaultHandler() {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_handler = handle_fault;
     action.sa_flags = SA_NODEFER;  // it does not return
     sigaction(SIGSEGV, &action, &old_);
@@ -159,11 +162,13 @@ std::vector<unsigned> count_to(unsigned n) {
 void describe_deadlock() {
   std::map<std::string, std::vector<unsigned>> waiting;
   for (unsigned i = 0; i < threads; ++i) {
-    waiting[fibers[i].state == Fiber::State::kDone ? "have returned" : std::string("wait in ") + fibers[i].where].push_back(i);
+    waiting[fibers[i].state == Fiber::State::kDone ? "have returned" : std::string("wait in ") + fibers[i].where]
+        .push_back(i);
   }
   error = "deadlock in block " + std::to_string(block_index.x) + ":";
   for (const auto& [what, which] : waiting) {
-    error += " " + std::to_string(which.size()) + " threads " + what + " (thread " + std::to_string(which.front()) + " first);";
+    error += " " + std::to_string(which.size()) + " threads " + what + " (thread " + std::to_string(which.front()) +
+             " first);";
   }
   error.pop_back();
 }
@@ -186,7 +191,8 @@ bool run_block() {
     ran = false;
     if (order > 1) arrange(warps);
     for (const unsigned warp : warps) {
-      // A warp goes on as far as it can, where it shows that it did not wait for the others; at random, only half of it.
+      // A warp goes on as far as it can, where it shows that it did not wait for the others; at random, only half of
+      // it.
       for (bool again = true; again && error.empty();) {
         again = false;
         if (order > 1) arrange(lanes);
@@ -209,9 +215,9 @@ bool run_block() {
 
 }  // namespace
 
-void add_shared(void* p, size_t bytes) { 
+void add_shared(void* p, size_t bytes) {
   std::memset(p, 0xff, bytes);
-  shared_arrays().push_back({p, bytes}); 
+  shared_arrays().push_back({p, bytes});
 }
 
 int block_barrier(const char* name, Vote vote, int predicate) {
@@ -240,7 +246,8 @@ uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint6
   auto meeting = std::find_if(of_warp.begin(), of_warp.end(), [&](const Meeting& m) { return m.mask == mask; });
   if (meeting == of_warp.end()) meeting = of_warp.insert(of_warp.end(), Meeting{mask, 0, name, {}, {}});
   if (meeting->arrived == 0) meeting->name = name;
-  if (std::strcmp(meeting->name, name) != 0) fail(std::string(name) + ": other lanes of its mask are in " + meeting->name);
+  if (std::strcmp(meeting->name, name) != 0)
+    fail(std::string(name) + ": other lanes of its mask are in " + meeting->name);
   meeting->values[me] = value;
   meeting->sources[me] = source;
   meeting->arrived |= 1u << me;
@@ -263,13 +270,16 @@ uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint6
   return current->result;
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*kernel_body)(const void*), const void* kernel_arguments) {
-  launch_log += std::string(kernel) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x * block.y * block.z) + "\n";
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*kernel_body)(const void*),
+            const void* kernel_arguments) {
+  launch_log +=
+      std::string(kernel) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x * block.y * block.z) + "\n";
   const auto within = [](const dim3& d, unsigned x, unsigned y, unsigned z) {
     return d.x >= 1 && d.x <= x && d.y >= 1 && d.y <= y && d.z >= 1 && d.z <= z;
   };
   threads = block.x * block.y * block.z;
-  if (!within(grid, 0x7fffffffu, 65535, 65535) || !within(block, 1024, 1024, 64) || threads > kMostThreads || dynamic_shared != 0) {
+  if (!within(grid, 0x7fffffffu, 65535, 65535) || !within(block, 1024, 1024, 64) || threads > kMostThreads ||
+      dynamic_shared != 0) {
     last_error = cudaErrorInvalidConfiguration;
     last_message = std::string(kernel) + ": no such grid or block, or dynamic shared memory, which is not emulated";
     return;
@@ -307,7 +317,8 @@ EXPORT void __ubsan_on_report() {
   unsigned line, column;
   char* address;
   __ubsan_get_current_report_data(&kind, &message, &file, &line, &column, &address);
-  cuda_emulator::error = std::string("undefined behaviour (") + kind + "): " + message + " at " + file + ":" + std::to_string(line);
+  cuda_emulator::error =
+      std::string("undefined behaviour (") + kind + "): " + message + " at " + file + ":" + std::to_string(line);
 }
 
 // The C interface. Strings are valid until the next launch. To be called before the launches that it is for:

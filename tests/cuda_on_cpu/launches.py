@@ -1,321 +1,41 @@
 """The launches of csrc/cuda on CPU tensors, through the emulator.
 
-``run`` does with a problem of ``cases.py`` what the CUDA entries of nllx do with tensors: it finds arrays that the kernels
-take, allocates, launches, and returns results. All memory that a kernel gets lies between guard zones.
+``run`` does with a problem of ``cases.py`` what the CUDA entries of nllx do with tensors: it finds arrays that the
+kernels take, allocates, launches, and returns results.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from ctypes import CFUNCTYPE, c_bool, c_char_p, c_double, c_int, c_int64, c_longlong, c_uint8, c_void_p
-from pathlib import Path
-from typing import Any
+from ctypes import c_bool, c_uint8
 
 import torch
 from cases import REDUCTIONS, Problem, grad_output
 from compilation import CSRC
-from torch import Tensor
-
-FLOAT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, torch.uint8: 4}
-ROWS, PLANES = 0, 1  # nllx::Layout
-FAMILIES = ("register rows", "block rows", "planes")  # nllx::CudaFamily
-ASCENDING, DESCENDING, RANDOM = 0, 1, 2  # orders of the emulator: others are random too, by another seed
-
-
-# The structs of csrc/problem.h, csrc/cuda/kernels.h and csrc/cuda/plan.h.
-
-
-class Extent(ctypes.Structure):
-    _fields_ = [("outer", c_int64), ("classes", c_int64), ("inner", c_int64)]
-
-    @property
-    def rows(self) -> int:
-        return self.outer * self.inner
-
-
-class Strides(ctypes.Structure):
-    _fields_ = [("outer", c_int64), ("classes", c_int64), ("inner", c_int64)]
-
-
-class Targets(ctypes.Structure):
-    _fields_ = [
-        ("index", c_void_p),
-        ("index_type", c_uint8),
-        ("probabilities", c_void_p),
-        ("probabilities_are_acc", c_bool),
-        ("probability_strides", Strides),
-        ("weight", c_void_p),
-        ("weight_sum", c_void_p),
-        ("ignore_index", c_int64),
-        ("label_smoothing", c_double),
-    ]
-
-
-class CrossEntropyForward(ctypes.Structure):
-    _fields_ = [
-        ("extent", Extent),
-        ("layout", c_uint8),
-        ("logits", c_void_p),
-        ("logits_strides", Strides),
-        ("targets", Targets),
-        ("row_loss", c_void_p),
-        ("row_loss_is_acc", c_bool),
-        ("row_stats", c_void_p),
-    ]
-
-
-class CrossEntropyBackward(ctypes.Structure):
-    _fields_ = [
-        ("extent", Extent),
-        ("layout", c_uint8),
-        ("logits", c_void_p),
-        ("logits_strides", Strides),
-        ("targets", Targets),
-        ("row_stats", c_void_p),
-        ("grad_output", c_void_p),
-        ("grad_output_stride", c_int64),
-        ("total_weight", c_void_p),
-        ("grad_logits", c_void_p),
-        ("grad_strides", Strides),
-    ]
-
-
-class NllLossForward(ctypes.Structure):
-    _fields_ = [
-        ("extent", Extent),
-        ("log_probs", c_void_p),
-        ("strides", Strides),
-        ("targets", Targets),
-        ("row_loss", c_void_p),
-        ("row_loss_is_acc", c_bool),
-    ]
-
-
-class NllLossBackward(ctypes.Structure):
-    _fields_ = [
-        ("extent", Extent),
-        ("layout", c_uint8),
-        ("targets", Targets),
-        ("grad_output", c_void_p),
-        ("grad_output_stride", c_int64),
-        ("total_weight", c_void_p),
-        ("grad_log_probs", c_void_p),
-        ("grad_strides", Strides),
-    ]
-
-
-class LogSoftmaxForward(ctypes.Structure):
-    _fields_ = [
-        ("extent", Extent),
-        ("layout", c_uint8),
-        ("input", c_void_p),
-        ("input_strides", Strides),
-        ("output", c_void_p),
-        ("output_strides", Strides),
-    ]
-
-
-class LogSoftmaxBackward(ctypes.Structure):
-    _fields_ = [
-        ("extent", Extent),
-        ("layout", c_uint8),
-        ("grad_output", c_void_p),
-        ("grad_output_strides", Strides),
-        ("output", c_void_p),
-        ("output_strides", Strides),
-        ("grad_input", c_void_p),
-        ("grad_input_strides", Strides),
-    ]
-
-
-class LossReduction(ctypes.Structure):
-    _fields_ = [
-        ("reduction", c_uint8),
-        ("loss_is_acc", c_bool),
-        ("loss", c_void_p),
-        ("total_weight", c_void_p),
-        ("partials", c_void_p),
-    ]
-
-
-class BadTarget(ctypes.Structure):
-    _fields_ = [
-        ("claimed", c_int),
-        ("ready", c_int),
-        ("row", c_longlong),
-        ("value", c_longlong),
-        ("classes", c_longlong),
-        ("ignore_index", c_longlong),
-    ]
-
-
-class CudaPlan(ctypes.Structure):
-    _fields_ = [
-        ("family", c_uint8),
-        ("threads", c_int),
-        ("threads_per_row", c_int),
-        ("rows_per_block", c_int),
-        ("values_per_thread", c_int),
-        ("blocks", c_int64),
-    ]
-
-
-_STRUCTS = (
-    CrossEntropyForward,
-    CrossEntropyBackward,
-    NllLossForward,
-    NllLossBackward,
-    LogSoftmaxForward,
-    LogSoftmaxBackward,
-    LossReduction,
+from emulator import (
+    ASCENDING,
+    FLOAT_TYPES,
+    INDEX_TYPES,
+    PLANES,
+    ROWS,
     BadTarget,
-    CudaPlan,
+    CrossEntropyBackward,
+    CrossEntropyForward,
+    Extent,
+    Kernels,
+    LogSoftmaxBackward,
+    LogSoftmaxForward,
+    LossReduction,
+    NllLossBackward,
+    NllLossForward,
+    Strides,
+    Targets,
 )
-
-
-class KernelError(Exception):
-    """A launch that ended early: a deadlock, a collective used against its rules, or undefined behaviour."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    kernel: str  # as the launch names it: "log_softmax_forward_rows_kernel<T>"
-    blocks: int
-    threads: int
-
-    @property
-    def name(self) -> str:
-        return self.kernel.split("<")[0]
-
-
-@functools.cache
-def kernel_bounds() -> dict[str, int]:
-    """The kernels of csrc/cuda and the threads of a block that each is compiled for."""
-    sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu*")))
-    found = re.findall(r"__global__\s+void\s+__launch_bounds__\((\d+), 1\)\s+(\w+)\(", sources)
-    assert len(found) == len(re.findall(r"\b__global__\b", sources)), "a kernel without __launch_bounds__(threads, 1)"
-    return {name: int(threads) for threads, name in found}
-
-
-class Emulator:
-    """A library made by ``compilation.library``."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.emulator_error.restype = c_char_p
-        self.library.emulator_launches.restype = c_char_p
-        self.library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint]
-        self.launched: list[Launch] = []  # since the list was last emptied
-
-    def run(self, launch: Callable[[], int], order: int = ASCENDING, most_blocks: int = 0) -> None:
-        """Calls a function of the library that launches kernels and returns a cudaError_t.
-
-        order: of the threads; most_blocks: what grids are cut to, unless 0. Raises KernelError.
-        """
-        self.library.emulator_configure(order, most_blocks)
-        status = launch()
-        error = self.library.emulator_error().decode()
-        if status != 0 or error:
-            raise KernelError(error)
-        for line in self.library.emulator_launches().decode().splitlines():
-            kernel, blocks, threads = line.split("\t")
-            self.launched.append(Launch(kernel.strip("()"), int(blocks), int(threads)))
-
-
-class Kernels(Emulator):
-    """A library made by ``compilation.kernels_library``."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        for struct in _STRUCTS:
-            size = c_int64.in_dll(self.library, f"sizeof_{struct.__name__}").value
-            assert size == ctypes.sizeof(struct), f"{struct.__name__} here is not that of csrc"
-
-    def _function(self, name: str, restype: type, arguments: Sequence[Any]) -> Callable[[], Any]:
-        """nllx::name bound to arguments, which are of ctypes; structs go by reference."""
-        arguments = [ctypes.pointer(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
-        function = CFUNCTYPE(restype, *map(type, arguments))(c_void_p.in_dll(self.library, name).value)
-        return lambda: function(*arguments)
-
-    def launch(self, name: str, *arguments: Any, order: int = ASCENDING, most_blocks: int = 0) -> None:
-        """``nllx::launch_<name>`` on stream 0."""
-        before = len(self.launched)
-        self.run(self._function(f"launch_{name}", c_int, [*arguments, c_void_p()]), order, most_blocks)
-        for launch in self.launched[before:]:
-            bound = kernel_bounds()[launch.name]
-            assert launch.threads <= bound, f"{launch}: more threads than the {bound} that it is compiled for"
-
-    def plan(self, name: str, extent: Extent, layout: int, *element_bytes: int) -> CudaPlan:
-        """``nllx::cuda_plan_<name>``."""
-        plan = self._function(f"cuda_plan_{name}", CudaPlan, [extent, c_uint8(layout), *map(c_int, element_bytes)])()
-        self.run(lambda: 0)  # raises if something in it was undefined
-        return plan
-
-
-class Memory:
-    """Tensors between guard zones, in memory that is NaN, or -1, where nothing is written."""
-
-    GUARD = 4096  # bytes on either side
-
-    def __init__(self) -> None:
-        self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []  # buffer, tensor, values it has to keep
-
-    def _place(
-        self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, shift: int
-    ) -> tuple[Tensor, Tensor]:
-        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        begin = self.GUARD + shift * dtype.itemsize
-        buffer = torch.full([begin + extent * dtype.itemsize + self.GUARD], 0xFF, dtype=torch.uint8)
-        assert buffer.data_ptr() % 16 == 0
-        window = buffer[begin : begin + extent * dtype.itemsize].view(dtype)
-        return buffer, window.as_strided(shape, stride)
-
-    def copy(self, tensor: Tensor, shift: int | None = None) -> Tensor:
-        """A copy with the tensor's strides, `shift` elements past a 16-byte boundary (by default as the tensor is), of
-        which nothing may change."""
-        tensor = tensor.resolve_neg()
-        if shift is None:
-            shift = tensor.data_ptr() % 16 // tensor.itemsize
-        buffer, copy = self._place(tensor.shape, tensor.stride(), tensor.dtype, shift)
-        everything = [1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))], [1]
-        copy.as_strided(*everything).copy_(tensor.as_strided(*everything))
-        self._tensors.append((buffer, copy, buffer.clone()))
-        return copy
-
-    def empty(
-        self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None, shift: int = 0
-    ) -> Tensor:
-        """Memory to write: contiguous, or with stride."""
-        if stride is None:
-            stride = torch.empty(shape, device="meta").stride()
-        buffer, tensor = self._place(shape, stride, dtype, shift)
-        self._tensors.append((buffer, tensor, None))
-        return tensor
-
-    def check(self) -> None:
-        """Nothing was written but what ``empty`` returned."""
-        for buffer, tensor, kept in self._tensors:
-            if kept is not None:
-                assert torch.equal(buffer, kept), "an input was written, or memory beside it"
-                continue
-            values = tensor.clone()
-            tensor.view(_INTEGERS[tensor.itemsize]).fill_(-1)
-            assert (buffer == 0xFF).all(), "memory beside an output was written"
-            tensor.copy_(values)
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def address(tensor: Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())
-
+from memory import Memory, address
+from torch import Tensor
 
 # From tensors to arrays (outer, classes, inner), as csrc/layout.cpp has it.
 
@@ -381,13 +101,14 @@ class Settings:
     """How a problem is run.
 
     order, most_blocks: of the emulator. shifts: elements that the input and its gradient (or log_softmax's output) begin
-    past a 16-byte boundary; None: as the table has it. loss_dtype: None for torch's.
+    past a 16-byte boundary; None: as the table has it. loss_dtype: None for torch's. memory: where the tensors lie.
     """
 
     order: int = ASCENDING
     most_blocks: int = 0
     shifts: tuple[int | None, int] = (None, 0)
     loss_dtype: torch.dtype | None = None
+    memory: type[Memory] = Memory
 
 
 @dataclasses.dataclass
@@ -417,7 +138,7 @@ class _Loss:
 
     def __init__(self, kernels: Kernels, problem: Problem, settings: Settings) -> None:
         self.kernels, self.case, self.settings = kernels, problem.case, settings
-        self.memory = Memory()
+        self.memory = settings.memory()
         self.class_dim = 0 if problem.input.dim() == 1 else 1
         self.input, self.probabilities = problem.input, None
         self.torchs_loss_dtype = self.input.dtype
@@ -472,7 +193,7 @@ class _Loss:
     def _arrays(self, with_grad: bool) -> tuple[Tensor, Tensor | None, Arrays]:
         """Input and, if asked for, its gradient in memory, with the arrays of both."""
         tensors = [self.input, *([] if self.probabilities is None else [self.probabilities])]
-        grad = torch.empty_like(self.input) if with_grad else None
+        grad = self.memory.like(self.input) if with_grad else None
         (input, *others), arrays = share_layout([*tensors, *([] if grad is None else [grad])], self.class_dim)
         input = self.memory.copy(input, self.settings.shifts[0])
         if grad is not None:
@@ -556,7 +277,7 @@ class _Loss:
     def _nll_loss_backward(
         self, g: Tensor, g_stride: int, divisor: Tensor | None, row_stats: None, bad: BadTarget
     ) -> Tensor:
-        (grad,), arrays = share_layout([torch.empty_like(self.input)], self.class_dim)
+        (grad,), arrays = share_layout([self.memory.like(self.input)], self.class_dim)
         grad = self.memory.empty(grad.shape, grad.dtype, grad.stride(), self.settings.shifts[1])
         problem = NllLossBackward(
             arrays.extent,
@@ -573,7 +294,7 @@ class _Loss:
 
 
 def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> Result:
-    case, memory = problem.case, Memory()
+    case, memory = problem.case, settings.memory()
     input = problem.input if case.out_dtype is None else problem.input.to(case.out_dtype)
     float_type = c_uint8(FLOAT_TYPES[input.dtype])
     how = {"order": settings.order, "most_blocks": settings.most_blocks}
@@ -588,7 +309,7 @@ def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> 
     )
     kernels.launch("log_softmax_forward", forward, float_type, **how)
 
-    (g, placed_y, grad), arrays = share_layout([grad_output(case, y), y, torch.empty_like(y)], case.class_dim)
+    (g, placed_y, grad), arrays = share_layout([grad_output(case, y), y, memory.like(y)], case.class_dim)
     g = memory.copy(g, settings.shifts[0])
     placed_y = memory.copy(placed_y)
     grad = memory.empty(grad.shape, grad.dtype, grad.stride(), settings.shifts[1])

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, Problem, build
-from comparison import bits, variant
-from launches import ASCENDING, DESCENDING, INDEX_TYPES, RANDOM, BadTarget, Kernels, Settings, run
+from comparison import variant
+from launches import ASCENDING, DESCENDING, INDEX_TYPES, RANDOM, BadTarget, Kernels, Settings, bits, run
 
 IGNORE_INDEX = -7
 FAMILIES = {

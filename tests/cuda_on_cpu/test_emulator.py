@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from launches import ASCENDING, DESCENDING, RANDOM, Emulator, KernelError, Launch, Memory, address
+from launches import ASCENDING, DESCENDING, RANDOM, Emulator, KernelError, Launch, Memory, address, bits
 from torch import Tensor
 
 ORDERS = (ASCENDING, DESCENDING, RANDOM, RANDOM + 1)
@@ -129,12 +129,20 @@ def test_guard_zones() -> None:
     output.copy_(source)
     memory.check()
     assert torch.equal(output, source.bfloat16())
-    beside = output.as_strided([1], [1], output.storage_offset() + 5)
-    beside.zero_()
+    between = output.as_strided([1], [1], output.storage_offset() + 5)
+    between.zero_()
     with pytest.raises(AssertionError, match="memory beside an output was written"):
         memory.check()
-    beside.view(torch.int16).fill_(-1)
+    bits(between).fill_(-1)
     memory.check()
     copy[0, 0] += 1
     with pytest.raises(AssertionError, match="an input was written"):
         memory.check()
+
+
+def test_reads_past_the_end(emulator: Emulator) -> None:
+    """…whose value is not used stop a kernel as well."""
+    memory = Memory()
+    source, out = memory.copy(torch.rand(124)), memory.empty([128], torch.float32)
+    with pytest.raises(KernelError, match="segmentation fault in thread 31 of block 0"):
+        emulator.run(lambda: emulator.library.misaligned(address(source), address(out)))

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, to test what they compute. A thread is a fiber; one block runs at a time, and fibers switch
-// only where a thread waits: at barriers and warp collectives. Which one goes on is set by `order`.
+// Runs CUDA kernels on the CPU, to test what they compute. A thread is a fiber; one block runs at a time, and fibers
+// switch only where a thread waits: at barriers and warp collectives. Which one goes on is set by `order`.
 //
 // Shared memory is filled with 0xff before each block, which is NaN for floating types: a read before the write shows.
 // Threads that wait for each other for ever, and collectives used against their rules, end the launch with a message.
@@ -32,12 +32,14 @@ extern uint3 thread_index, block_index;
 extern dim3 block_dim, grid_dim;
 extern unsigned lane;
 
-// 0: ascending blocks, warps and lanes, each warp as far as it gets. 1: the same descending. Others: random, with this seed.
+// 0: ascending blocks, warps and lanes, each warp as far as it gets. 1: the same descending. Others: random, with this
+// seed.
 extern uint64_t order;
 // If not 0, grids are cut to so many blocks, so that kernels whose blocks walk over their work have to.
 extern unsigned most_blocks;
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*body)(const void*), const void* arguments);
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*body)(const void*),
+            const void* arguments);
 void add_shared(void* p, size_t bytes);
 
 enum class Vote { kNone, kCount, kOr, kAnd };
@@ -95,8 +97,12 @@ inline void __syncthreads() { cuda_emulator::block_barrier("__syncthreads", cuda
 inline int __syncthreads_count(int p) {
   return cuda_emulator::block_barrier("__syncthreads_count", cuda_emulator::Vote::kCount, p);
 }
-inline int __syncthreads_or(int p) { return cuda_emulator::block_barrier("__syncthreads_or", cuda_emulator::Vote::kOr, p); }
-inline int __syncthreads_and(int p) { return cuda_emulator::block_barrier("__syncthreads_and", cuda_emulator::Vote::kAnd, p); }
+inline int __syncthreads_or(int p) {
+  return cuda_emulator::block_barrier("__syncthreads_or", cuda_emulator::Vote::kOr, p);
+}
+inline int __syncthreads_and(int p) {
+  return cuda_emulator::block_barrier("__syncthreads_and", cuda_emulator::Vote::kAnd, p);
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   cuda_emulator::warp_collective("__syncwarp", cuda_emulator::Collective::kSync, mask, 0, 0);

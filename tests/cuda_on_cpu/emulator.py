@@ -1,0 +1,251 @@
+"""The functions of csrc/cuda in ctypes: structs, and launches and plans of a library that ``compilation`` has made."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from ctypes import CFUNCTYPE, c_bool, c_char_p, c_double, c_int, c_int64, c_longlong, c_uint8, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from compilation import CSRC
+
+FLOAT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, torch.uint8: 4}
+ROWS, PLANES = 0, 1  # nllx::Layout
+FAMILIES = ("register rows", "block rows", "planes")  # nllx::CudaFamily
+ASCENDING, DESCENDING, RANDOM = 0, 1, 2  # orders of the emulator: others are random too, by another seed
+
+
+# The structs of csrc/problem.h, csrc/cuda/kernels.h and csrc/cuda/plan.h.
+
+
+class Extent(ctypes.Structure):
+    _fields_ = [("outer", c_int64), ("classes", c_int64), ("inner", c_int64)]
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [("outer", c_int64), ("classes", c_int64), ("inner", c_int64)]
+
+
+class Targets(ctypes.Structure):
+    _fields_ = [
+        ("index", c_void_p),
+        ("index_type", c_uint8),
+        ("probabilities", c_void_p),
+        ("probabilities_are_acc", c_bool),
+        ("probability_strides", Strides),
+        ("weight", c_void_p),
+        ("weight_sum", c_void_p),
+        ("ignore_index", c_int64),
+        ("label_smoothing", c_double),
+    ]
+
+
+class CrossEntropyForward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("logits", c_void_p),
+        ("logits_strides", Strides),
+        ("targets", Targets),
+        ("row_loss", c_void_p),
+        ("row_loss_is_acc", c_bool),
+        ("row_stats", c_void_p),
+    ]
+
+
+class CrossEntropyBackward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("logits", c_void_p),
+        ("logits_strides", Strides),
+        ("targets", Targets),
+        ("row_stats", c_void_p),
+        ("grad_output", c_void_p),
+        ("grad_output_stride", c_int64),
+        ("total_weight", c_void_p),
+        ("grad_logits", c_void_p),
+        ("grad_strides", Strides),
+    ]
+
+
+class NllLossForward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("log_probs", c_void_p),
+        ("strides", Strides),
+        ("targets", Targets),
+        ("row_loss", c_void_p),
+        ("row_loss_is_acc", c_bool),
+    ]
+
+
+class NllLossBackward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("targets", Targets),
+        ("grad_output", c_void_p),
+        ("grad_output_stride", c_int64),
+        ("total_weight", c_void_p),
+        ("grad_log_probs", c_void_p),
+        ("grad_strides", Strides),
+    ]
+
+
+class LogSoftmaxForward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("input", c_void_p),
+        ("input_strides", Strides),
+        ("output", c_void_p),
+        ("output_strides", Strides),
+    ]
+
+
+class LogSoftmaxBackward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("grad_output", c_void_p),
+        ("grad_output_strides", Strides),
+        ("output", c_void_p),
+        ("output_strides", Strides),
+        ("grad_input", c_void_p),
+        ("grad_input_strides", Strides),
+    ]
+
+
+class LossReduction(ctypes.Structure):
+    _fields_ = [
+        ("reduction", c_uint8),
+        ("loss_is_acc", c_bool),
+        ("loss", c_void_p),
+        ("total_weight", c_void_p),
+        ("partials", c_void_p),
+    ]
+
+
+class BadTarget(ctypes.Structure):
+    _fields_ = [
+        ("claimed", c_int),
+        ("ready", c_int),
+        ("row", c_longlong),
+        ("value", c_longlong),
+        ("classes", c_longlong),
+        ("ignore_index", c_longlong),
+    ]
+
+
+class CudaPlan(ctypes.Structure):
+    _fields_ = [
+        ("family", c_uint8),
+        ("threads", c_int),
+        ("threads_per_row", c_int),
+        ("rows_per_block", c_int),
+        ("values_per_thread", c_int),
+        ("blocks", c_int64),
+    ]
+
+
+_STRUCTS = (
+    CrossEntropyForward,
+    CrossEntropyBackward,
+    NllLossForward,
+    NllLossBackward,
+    LogSoftmaxForward,
+    LogSoftmaxBackward,
+    LossReduction,
+    BadTarget,
+    CudaPlan,
+)
+
+
+class KernelError(Exception):
+    """A launch that ended early: a deadlock, a collective used against its rules, or undefined behaviour."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    kernel: str  # as the launch names it: "log_softmax_forward_rows_kernel<T>"
+    blocks: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.split("<")[0]
+
+
+@functools.cache
+def kernel_bounds() -> dict[str, int]:
+    """The kernels of csrc/cuda and the threads of a block that each is compiled for."""
+    sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu*")))
+    found = re.findall(r"__global__\s+void\s+__launch_bounds__\((\d+)[^)]*\)\s+(\w+)\(", sources)
+    assert len(found) == len(re.findall(r"\b__global__\b", sources)), "a kernel without __launch_bounds__"
+    return {name: int(threads) for threads, name in found}
+
+
+class Emulator:
+    """A library made by ``compilation.library``."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulator_error.restype = c_char_p
+        self.library.emulator_launches.restype = c_char_p
+        self.library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint]
+        self.launched: list[Launch] = []  # since the list was last emptied
+
+    def run(self, launch: Callable[[], int], order: int = ASCENDING, most_blocks: int = 0) -> None:
+        """Calls a function of the library that launches kernels and returns a cudaError_t.
+
+        order: of the threads; most_blocks: what grids are cut to, unless 0. Raises KernelError.
+        """
+        self.library.emulator_configure(order, most_blocks)
+        status = launch()
+        error = self.library.emulator_error().decode()
+        if status != 0 or error:
+            raise KernelError(error)
+        for line in self.library.emulator_launches().decode().splitlines():
+            kernel, blocks, threads = line.split("\t")
+            self.launched.append(Launch(kernel.strip("()"), int(blocks), int(threads)))
+
+
+class Kernels(Emulator):
+    """A library made by ``compilation.kernels_library``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        for struct in _STRUCTS:
+            size = c_int64.in_dll(self.library, f"sizeof_{struct.__name__}").value
+            assert size == ctypes.sizeof(struct), f"{struct.__name__} here is not that of csrc"
+
+    def _function(self, name: str, restype: type, arguments: Sequence[Any]) -> Callable[[], Any]:
+        """nllx::name bound to arguments, which are of ctypes; structs go by reference."""
+        arguments = [ctypes.pointer(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+        function = CFUNCTYPE(restype, *map(type, arguments))(c_void_p.in_dll(self.library, name).value)
+        return lambda: function(*arguments)
+
+    def launch(self, name: str, *arguments: Any, order: int = ASCENDING, most_blocks: int = 0) -> None:
+        """``nllx::launch_<name>`` on stream 0."""
+        before = len(self.launched)
+        self.run(self._function(f"launch_{name}", c_int, [*arguments, c_void_p()]), order, most_blocks)
+        for launch in self.launched[before:]:
+            bound = kernel_bounds()[launch.name]
+            assert launch.threads <= bound, f"{launch}: more threads than the {bound} that it is compiled for"
+
+    def plan(self, name: str, extent: Extent, layout: int, *element_bytes: int) -> CudaPlan:
+        """``nllx::cuda_plan_<name>``."""
+        plan = self._function(f"cuda_plan_{name}", CudaPlan, [extent, c_uint8(layout), *map(c_int, element_bytes)])()
+        self.run(lambda: 0)  # raises if something in it was undefined
+        return plan
