@@ -284,34 +284,80 @@ NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, in
   }
 }
 
+// `width` neighbouring rows from `row` on, whose logits of class c are x[c * stride + i]; T is the type of the
+// problem's logits, X that of these.
+template <typename T, Terms kTerms, typename X, typename P>
+NLLX_INLINE void cross_entropy_forward_tile(const CrossEntropyForward& p, int64_t row, int width, const X* x,
+                                            int64_t stride, const ClassTerms<typename AccOf<T>::type, P>& terms,
+                                            TileSums<typename AccOf<T>::type>& s, ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  tile_sums<kTerms, X, acc, P>(x, stride, p.extent.classes, width, terms, s);
+  NLLX_FOR_VECTORS(i, k, width) { store(s.sum + i, log_vec(load(s.sum + i))); }
+  for (int i = 0; i < width; ++i) {
+    IndexTarget<acc> y{0, false, false, acc(1)};
+    if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, p.extent.classes, row + i);
+    if (y.bad) note_bad_target(result, row + i);
+    acc loss = 0;
+    RowStats<acc> stats{0, 0};
+    if (!y.ignored && !y.bad) {
+      stats = {finite_max(s.max[i]), s.sum[i]};
+      const acc target_logit = kTerms == Terms::kProbabilities ? acc(0) : to_acc(x[y.index * stride + i]) - stats.max;
+      loss = row_loss_of<kTerms>(y, terms.scale, target_logit, stats.log_sum, s.dot[i], s.mass[i]);
+      result.loss += static_cast<double>(loss);
+      result.weight += static_cast<double>(y.weight);
+    }
+    store_row_loss<T>(p.row_loss, p.row_loss_is_acc, row + i, loss);
+    static_cast<RowStats<acc>*>(p.row_stats)[row + i] = stats;
+  }
+}
+
 template <typename T, Terms kTerms, typename P>
 void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
                                   ChunkResult& result) {
   using acc = typename AccOf<T>::type;
-  const Extent& e = p.extent;
   TileSums<acc> s;
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
-    const Tile tile = tile_of(e, unit);
+    const Tile tile = tile_of(p.extent, unit);
     const T* x = static_cast<const T*>(p.logits) + tile.outer * p.logits_strides.outer + tile.inner;
-    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, e, tile.outer, tile.inner);
-    tile_sums<kTerms, T, acc, P>(x, p.logits_strides.classes, e.classes, tile.width, terms, s);
-    for (int i = 0; i < tile.width; ++i) {
-      IndexTarget<acc> y{0, false, false, acc(1)};
-      if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, e.classes, tile.row + i);
-      if (y.bad) note_bad_target(result, tile.row + i);
-      acc loss = 0;
-      RowStats<acc> stats{0, 0};
-      if (!y.ignored && !y.bad) {
-        stats = {finite_max(s.max[i]), log_acc(s.sum[i])};
-        const acc target_logit =
-            kTerms == Terms::kProbabilities ? acc(0) : to_acc(x[y.index * p.logits_strides.classes + i]) - stats.max;
-        loss = row_loss_of<kTerms>(y, terms.scale, target_logit, stats.log_sum, s.dot[i], s.mass[i]);
-        result.loss += static_cast<double>(loss);
-        result.weight += static_cast<double>(y.weight);
-      }
-      store_row_loss<T>(p.row_loss, p.row_loss_is_acc, tile.row + i, loss);
-      static_cast<RowStats<acc>*>(p.row_stats)[tile.row + i] = stats;
-    }
+    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
+    cross_entropy_forward_tile<T, kTerms>(p, tile.row, tile.width, x, p.logits_strides.classes, terms, s, result);
+  }
+}
+
+// Rows of few classes fill a vector badly. They are turned into a tile of a plane, in the first-level cache, whose
+// vectors run over the rows.
+constexpr int64_t kFewClasses = 16;
+
+template <typename T, typename acc>
+NLLX_INLINE void rows_to_tile(const T* rows, int64_t row_stride, int64_t classes, int width, acc* tile) {
+  for (int64_t c = 0; c < classes; ++c) {
+    for (int i = 0; i < width; ++i) tile[c * kTile + i] = to_acc(rows[i * row_stride + c]);
+  }
+}
+template <typename T, typename acc>
+NLLX_INLINE void tile_to_rows(const acc* tile, T* rows, int64_t row_stride, int64_t classes, int width) {
+  for (int i = 0; i < width; ++i) {
+    for (int64_t c = 0; c < classes; ++c) rows[i * row_stride + c] = from_acc<T>(tile[c * kTile + i]);
+  }
+}
+
+template <typename Problem>
+NLLX_INLINE bool has_few_classes(const Problem& p) {
+  return p.layout == Layout::kRows && p.extent.inner == 1 && p.extent.classes <= kFewClasses;
+}
+
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_forward_few_classes(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
+                                       ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  alignas(64) acc tile[kFewClasses * kTile];
+  TileSums<acc> s;
+  const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, 0, 0);
+  for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); row += kTile) {
+    const int width = static_cast<int>(chunks.end(chunk) - row < kTile ? chunks.end(chunk) - row : kTile);
+    const T* x = static_cast<const T*>(p.logits) + row * p.logits_strides.outer;
+    rows_to_tile(x, p.logits_strides.outer, p.extent.classes, width, tile);
+    cross_entropy_forward_tile<T, kTerms>(p, row, width, static_cast<const acc*>(tile), kTile, terms, s, result);
   }
 }
 
@@ -386,87 +432,131 @@ void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& ch
   }
 }
 
-template <typename T, Terms kTerms, typename P>
-void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
-                                   ChunkResult& result) {
+template <typename acc>
+struct TileGradient {
+  // at_target: with elements of type acc, what comes off the gradient at the target; else the gradient there.
+  alignas(64) acc max[kTile], log_sum[kTile], k[kTile], ka[kTile], mass[kTile], at_target[kTile];
+  alignas(64) typename VecOf<acc>::integer valid[kTile];
+};
+
+// As cross_entropy_forward_tile; `grad` may be `x`.
+template <typename T, Terms kTerms, typename X, typename P>
+NLLX_INLINE void cross_entropy_backward_tile(const CrossEntropyBackward& p, int64_t row, int width, const X* x,
+                                             int64_t stride, X* grad, int64_t grad_stride,
+                                             const ClassTerms<typename AccOf<T>::type, P>& terms,
+                                             TileGradient<typename AccOf<T>::type>& s, ChunkResult& result) {
   using acc = typename AccOf<T>::type;
-  const Extent& e = p.extent;
-  struct {
-    alignas(64) acc max[kTile], log_sum[kTile], k[kTile], ka[kTile], mass[kTile], at_target[kTile];
-    alignas(64) decltype(Mask<acc>{}[0] + 0) valid[kTile];
-  } s;
-  memset(&s, 0, sizeof s);  // lanes beyond the width of a tile are computed too, and dropped
-  for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
-    const Tile tile = tile_of(e, unit);
-    const T* x = static_cast<const T*>(p.logits) + tile.outer * p.logits_strides.outer + tile.inner;
-    T* grad = static_cast<T*>(p.grad_logits) + tile.outer * p.grad_strides.outer + tile.inner;
-    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, e, tile.outer, tile.inner);
-    if constexpr (kTerms == Terms::kProbabilities) {
-      NLLX_FOR_VECTORS(i, k, tile.width) { store(s.mass + i, Vec<acc>{}); }
-      for (int64_t c = 0; c < e.classes; ++c) {
-        NLLX_FOR_VECTORS(i, k, tile.width) {
-          store(s.mass + i, load(s.mass + i) + tile_coefficients<kTerms>(terms, c, i, k));
-        }
-      }
+  constexpr bool kExact = sizeof(X) == sizeof(acc);  // the gradient can be completed after it is stored
+  const int64_t classes = p.extent.classes;
+  if constexpr (kTerms == Terms::kProbabilities) {
+    NLLX_FOR_VECTORS(i, k, width) { store(s.mass + i, Vec<acc>{}); }
+    for (int64_t c = 0; c < classes; ++c) {
+      NLLX_FOR_VECTORS(i, k, width) { store(s.mass + i, load(s.mass + i) + tile_coefficients<kTerms>(terms, c, i, k)); }
     }
-    for (int i = 0; i < tile.width; ++i) {
-      IndexTarget<acc> y{0, false, false, acc(0)};
-      if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, e.classes, tile.row + i);
-      if (y.bad) note_bad_target(result, tile.row + i);
-      const bool valid = !y.ignored && !y.bad;
-      s.valid[i] = valid ? -1 : 0;
-      if (!valid) continue;
-      const acc k = incoming_gradient<acc>(p.grad_output, p.grad_output_stride, p.total_weight, tile.row + i);
-      const RowStats<acc> stats = static_cast<const RowStats<acc>*>(p.row_stats)[tile.row + i];
-      s.max[i] = stats.max;
-      s.log_sum[i] = stats.log_sum;
-      s.k[i] = k;
-      if constexpr (kTerms != Terms::kProbabilities) {
-        const acc target_term = terms.scale * y.weight;
-        acc mass = target_term, a = target_term;
-        if constexpr (kTerms == Terms::kUniform) {
-          mass += terms.uniform *
-                  (terms.weight ? *static_cast<const acc*>(p.targets.weight_sum) : static_cast<acc>(e.classes));
-          a += terms.weight ? terms.uniform * terms.weight[y.index] : terms.uniform;
-        }
-        const acc x_y = to_acc(x[y.index * p.logits_strides.classes + i]);
-        s.at_target[i] =
-            k * mass * softmax_vec<acc>(broadcast(x_y), broadcast(stats.max), broadcast(stats.log_sum))[0] - k * a;
-        s.mass[i] = mass;
-      }
-      s.ka[i] = k * s.mass[i];
-    }
-    for (int64_t c = 0; c < e.classes; ++c) {
-      const T* plane = x + c * p.logits_strides.classes;
-      T* grad_plane = grad + c * p.grad_strides.classes;
-      NLLX_FOR_VECTORS(i, k, tile.width) {
-        Vec<acc> g =
-            load(s.ka + i) * softmax_vec<acc>(load_some(plane + i, k, acc(0)), load(s.max + i), load(s.log_sum + i));
-        if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, i, k);
-        Mask<acc> valid;
-        memcpy(&valid, s.valid + i, sizeof valid);
-        store_some(grad_plane + i, select(valid, g, Vec<acc>{}), k);
-      }
-    }
+  }
+  for (int i = 0; i < width; ++i) {
+    IndexTarget<acc> y{0, false, false, acc(0)};
+    if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, classes, row + i);
+    if (y.bad) note_bad_target(result, row + i);
+    const bool valid = !y.ignored && !y.bad;
+    s.valid[i] = valid ? -1 : 0;
+    if (!valid) continue;
+    const acc k = incoming_gradient<acc>(p.grad_output, p.grad_output_stride, p.total_weight, row + i);
+    const RowStats<acc> stats = static_cast<const RowStats<acc>*>(p.row_stats)[row + i];
+    s.max[i] = stats.max;
+    s.log_sum[i] = stats.log_sum;
+    s.k[i] = k;
     if constexpr (kTerms != Terms::kProbabilities) {
-      for (int i = 0; i < tile.width; ++i) {
-        if (!s.valid[i]) continue;
-        const int64_t y = load_index(p.targets.index, p.targets.index_type, tile.row + i);
-        grad[y * p.grad_strides.classes + i] = from_acc<T>(s.at_target[i]);
+      const acc target_term = terms.scale * y.weight;
+      acc mass = target_term, a = target_term;
+      if constexpr (kTerms == Terms::kUniform) {
+        mass +=
+            terms.uniform * (terms.weight ? *static_cast<const acc*>(p.targets.weight_sum) : static_cast<acc>(classes));
+        a += terms.weight ? terms.uniform * terms.weight[y.index] : terms.uniform;
+      }
+      s.mass[i] = mass;
+      if constexpr (kExact) {
+        s.at_target[i] = k * target_term;
+      } else {
+        const Vec<acc> x_y = broadcast(to_acc(x[y.index * stride + i]));
+        s.at_target[i] = k * mass * softmax_vec<acc>(x_y, broadcast(stats.max), broadcast(stats.log_sum))[0] - k * a;
+      }
+    }
+    s.ka[i] = k * s.mass[i];
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    const X* plane = x + c * stride;
+    X* grad_plane = grad + c * grad_stride;
+    NLLX_FOR_VECTORS(i, k, width) {
+      Vec<acc> g =
+          load(s.ka + i) * softmax_vec<acc>(load_some(plane + i, k, acc(0)), load(s.max + i), load(s.log_sum + i));
+      if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, i, k);
+      Mask<acc> valid;
+      memcpy(&valid, s.valid + i, sizeof valid);
+      store_some(grad_plane + i, select(valid, g, Vec<acc>{}), k);
+    }
+  }
+  if constexpr (kTerms != Terms::kProbabilities) {
+    for (int i = 0; i < width; ++i) {
+      if (!s.valid[i]) continue;
+      X& at_target = grad[load_index(p.targets.index, p.targets.index_type, row + i) * grad_stride + i];
+      if constexpr (kExact) {
+        at_target -= s.at_target[i];
+      } else {
+        at_target = from_acc<X>(s.at_target[i]);
       }
     }
   }
 }
 
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
+                                   ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  TileGradient<acc> s;
+  memset(&s, 0, sizeof s);  // lanes beyond the width of a tile are computed too, and dropped
+  for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+    const Tile tile = tile_of(p.extent, unit);
+    const T* x = static_cast<const T*>(p.logits) + tile.outer * p.logits_strides.outer + tile.inner;
+    T* grad = static_cast<T*>(p.grad_logits) + tile.outer * p.grad_strides.outer + tile.inner;
+    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
+    cross_entropy_backward_tile<T, kTerms>(p, tile.row, tile.width, x, p.logits_strides.classes, grad,
+                                           p.grad_strides.classes, terms, s, result);
+  }
+}
+
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_backward_few_classes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
+                                        ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  alignas(64) acc tile[kFewClasses * kTile];
+  TileGradient<acc> s;
+  memset(&s, 0, sizeof s);
+  const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, 0, 0);
+  for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); row += kTile) {
+    const int width = static_cast<int>(chunks.end(chunk) - row < kTile ? chunks.end(chunk) - row : kTile);
+    const T* x = static_cast<const T*>(p.logits) + row * p.logits_strides.outer;
+    T* grad = static_cast<T*>(p.grad_logits) + row * p.grad_strides.outer;
+    rows_to_tile(x, p.logits_strides.outer, p.extent.classes, width, tile);
+    cross_entropy_backward_tile<T, kTerms>(p, row, width, static_cast<const acc*>(tile), kTile, tile, kTile, terms, s,
+                                           result);
+    tile_to_rows(static_cast<const acc*>(tile), grad, p.grad_strides.outer, p.extent.classes, width);
+  }
+}
+
 // From the problem to the instance: layout, terms and the type of the probabilities.
 template <typename T, template <typename, Terms, typename> class Rows,
-          template <typename, Terms, typename> class Planes, typename Problem>
+          template <typename, Terms, typename> class FewClasses, template <typename, Terms, typename> class Planes,
+          typename Problem>
 NLLX_INLINE void run_cross_entropy(const Problem& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
   using acc = typename AccOf<T>::type;
 #define NLLX_RUN(kTerms, P)                                                      \
   (p.layout == Layout::kRows ? Rows<T, kTerms, P>::run(p, chunks, chunk, result) \
                              : Planes<T, kTerms, P>::run(p, chunks, chunk, result))
-  if (p.targets.index) {
+  if (p.targets.index && has_few_classes(p)) {
+    p.targets.label_smoothing > 0 ? FewClasses<T, Terms::kUniform, acc>::run(p, chunks, chunk, result)
+                                  : FewClasses<T, Terms::kNone, acc>::run(p, chunks, chunk, result);
+  } else if (p.targets.index) {
     if (p.targets.label_smoothing > 0) {
       NLLX_RUN(Terms::kUniform, T);
     } else {
@@ -488,22 +578,25 @@ NLLX_INLINE void run_cross_entropy(const Problem& p, const Chunks& chunks, int64
     }                                                                                             \
   };
 NLLX_INSTANCE(ForwardRows, cross_entropy_forward_rows)
+NLLX_INSTANCE(ForwardFewClasses, cross_entropy_forward_few_classes)
 NLLX_INSTANCE(ForwardPlanes, cross_entropy_forward_planes)
 NLLX_INSTANCE(BackwardRows, cross_entropy_backward_rows)
+NLLX_INSTANCE(BackwardFewClasses, cross_entropy_backward_few_classes)
 NLLX_INSTANCE(BackwardPlanes, cross_entropy_backward_planes)
 #undef NLLX_INSTANCE
 
 template <typename T>
 void cross_entropy_forward(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
-  run_cross_entropy<T, ForwardRows, ForwardPlanes>(p, chunks, chunk, result);
+  run_cross_entropy<T, ForwardRows, ForwardFewClasses, ForwardPlanes>(p, chunks, chunk, result);
 }
 template <typename T>
 void cross_entropy_backward(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
-  run_cross_entropy<T, BackwardRows, BackwardPlanes>(p, chunks, chunk, result);
+  run_cross_entropy<T, BackwardRows, BackwardFewClasses, BackwardPlanes>(p, chunks, chunk, result);
 }
 
-// ---- nll_loss: the forward gathers one number per row, the backward writes zeros and that number's place together
-// ----
+// ---- nll_loss ----
+//
+// The forward gathers one number per row; the backward writes zeros and that number's place together.
 
 template <typename T>
 void nll_loss_forward(const NllLossForward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
@@ -578,8 +671,8 @@ void log_softmax_forward_planes(const LogSoftmaxForward& p, const Chunks& chunks
                                        s);
     for (int i = 0; i < tile.width; ++i) {
       s.max[i] = finite_max(s.max[i]);
-      s.sum[i] = log_acc(s.sum[i]);
     }
+    NLLX_FOR_VECTORS(i, k, tile.width) { store(s.sum + i, log_vec(load(s.sum + i))); }
     for (int64_t c = 0; c < p.extent.classes; ++c) {
       NLLX_FOR_VECTORS(i, k, tile.width) {
         const Vec<acc> v = load_some(x + c * p.input_strides.classes + i, k, acc(0));

@@ -41,12 +41,16 @@ NLLX_INLINE float to_acc(float v) { return v; }
 NLLX_INLINE double to_acc(double v) { return v; }
 NLLX_INLINE float to_acc(bfloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
 NLLX_INLINE float to_acc(float16 v) {
+#if NLLX_VECTOR_BYTES > 16
+  return _cvtsh_ss(v.bits);
+#else
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t exponent = (v.bits >> 10) & 31u, mantissa = v.bits & 0x3ffu;
   if (exponent == 0) {  // zero and subnormal: mantissa * 2^-24 is exact
     return bit_cast<float>(sign | bit_cast<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f));
   }
   return bit_cast<float>(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (mantissa << 13));
+#endif
 }
 
 template <typename T>
@@ -70,6 +74,9 @@ struct FromAcc<bfloat16> {
 template <>
 struct FromAcc<float16> {
   NLLX_INLINE float16 convert(float v) {
+#if NLLX_VECTOR_BYTES > 16
+    return {static_cast<uint16_t>(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT))};
+#else
     const uint32_t u = bit_cast<uint32_t>(v), a = u & 0x7fffffffu;
     const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
     uint32_t h;
@@ -83,6 +90,7 @@ struct FromAcc<float16> {
       h = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
     }
     return {static_cast<uint16_t>(sign | h)};
+#endif
   }
 };
 template <typename T, typename acc>
@@ -97,11 +105,13 @@ struct VecOf;
 template <>
 struct VecOf<float> {
   typedef float type __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+  typedef int32_t integer;
   typedef int32_t mask __attribute__((vector_size(NLLX_VECTOR_BYTES)));
 };
 template <>
 struct VecOf<double> {
   typedef double type __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+  typedef int64_t integer;
   typedef int64_t mask __attribute__((vector_size(NLLX_VECTOR_BYTES)));
 };
 template <typename acc>
@@ -282,8 +292,31 @@ NLLX_INLINE Vec<double> exp_vec(Vec<double> x) {
   return select(flushed, Vec<double>{}, p * power);
 }
 
-NLLX_INLINE float log_acc(float x) { return logf(x); }
-NLLX_INLINE double log_acc(double x) { return log(x); }
+// log(x) for x ≥ 1, the sums of exponentials; zero gives -inf, NaN and inf themselves. x = 2^n m with m in [√½, √2),
+// and the polynomial of Cephes logf (S. L. Moshier) in m - 1, error below 1 ulp.
+NLLX_INLINE Vec<float> log_vec(Vec<float> x) {
+  const vec_u32 bits = bit_cast<vec_u32>(x);
+  const vec_u32 shifted = bits - 0x3f3504f3u;  // the bits of √½
+  const Vec<float> n = __builtin_convertvector(bit_cast<Mask<float>>(shifted) >> 23, Vec<float>);
+  const Vec<float> f = bit_cast<Vec<float>>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.f;
+  const Vec<float> f2 = f * f;
+  Vec<float> p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = p * f * f2 - n * 2.12194440e-4f - f2 * 0.5f;
+  const Vec<float> result = (f + p) + n * 0.693359375f;
+  const Vec<float> inf = broadcast(__builtin_inff());
+  return select(x == 0.f, -inf, select((x < inf) & (x == x), result, x));
+}
+NLLX_INLINE Vec<double> log_vec(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = log(x[i]);
+  return x;
+}
 
 }  // namespace
 }  // namespace NLLX_CAPABILITY

@@ -37,11 +37,17 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
+def _run(command: Sequence[str | Path]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+    return result.stdout
+
+
 @functools.cache
 def _identity() -> str:
     """What the compiler makes of the same sources may differ by this."""
-    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, check=True).stdout
-    return "\n".join([version, torch.__version__, *COMPILE])
+    return "\n".join([_run([str(compiler()), "--version"]), torch.__version__, *COMPILE])
 
 
 def _hash(parts: Iterable[bytes | str]) -> str:
@@ -50,12 +56,6 @@ def _hash(parts: Iterable[bytes | str]) -> str:
         digest.update(part.encode() if isinstance(part, str) else part)
         digest.update(b"\0")
     return digest.hexdigest()[:16]
-
-
-def _run(command: Sequence[str | Path]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
 
 
 def _object(source: Path, folders: Sequence[Path]) -> Path:
@@ -84,8 +84,8 @@ def library(sources: Iterable[tuple[Path, Path]]) -> Path:
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}")
         # Where there is no static library of the sanitizer, the loader has to find the shared one.
-        archive = subprocess.run([str(compiler()), "-print-file-name=libubsan.a"], capture_output=True, text=True).stdout
-        static = ["-static-libubsan"] if Path(archive.strip()).is_absolute() else []
+        found = _run([str(compiler()), "-print-file-name=libubsan.a"])
+        static = ["-static-libubsan"] if Path(found.strip()).is_absolute() else []
         _run([str(compiler()), "-shared", "-fsanitize=undefined", *static, *objects, "-o", partial])
         partial.rename(made)
     return made

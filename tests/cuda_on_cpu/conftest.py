@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compilation import CSRC, HERE, compiler, kernels_library, library
-from launches import Emulator, Kernels
+from emulator import Emulator, Kernels
 
 
 @pytest.fixture(scope="session")

@@ -321,7 +321,7 @@ EXPORT void __ubsan_on_report() {
       std::string("undefined behaviour (") + kind + "): " + message + " at " + file + ":" + std::to_string(line);
 }
 
-// The C interface. Strings are valid until the next launch. To be called before the launches that it is for:
+// The C interface: what a launch is to be like, before it; what became of it, after it. Strings are valid until the next.
 EXPORT void emulator_configure(uint64_t order, unsigned most_blocks) {
   cuda_emulator::order = order;
   cuda_emulator::most_blocks = most_blocks;

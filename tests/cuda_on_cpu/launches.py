@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_bool, c_uint8
+from typing import Any
 
 import torch
 from cases import REDUCTIONS, Problem, grad_output
@@ -100,8 +101,8 @@ def share_layout(tensors: list[Tensor], class_dim: int) -> tuple[list[Tensor], A
 class Settings:
     """How a problem is run.
 
-    order, most_blocks: of the emulator. shifts: elements that the input and its gradient (or log_softmax's output) begin
-    past a 16-byte boundary; None: as the table has it. loss_dtype: None for torch's. memory: where the tensors lie.
+    order, most_blocks: of the emulator. shifts: elements that the input and its gradient (or log_softmax's output)
+    begin past a 16-byte boundary; None: as the table has it. loss_dtype: None for torch's. memory: where tensors lie.
     """
 
     order: int = ASCENDING
@@ -113,8 +114,11 @@ class Settings:
 
 @dataclasses.dataclass
 class Result:
-    """What the kernels made of a problem: bad is the record of class indices out of range after the forward and after the
-    backward."""
+    """What the kernels made of a problem.
+
+    row_stats, total_weight: of the losses that have them. bad: what the forward and the backward recorded of class
+    indices out of range.
+    """
 
     output: Tensor
     grad: Tensor
@@ -122,28 +126,25 @@ class Result:
     total_weight: Tensor | None = None
     bad: tuple[BadTarget, BadTarget] = dataclasses.field(default_factory=lambda: (BadTarget(), BadTarget()))
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.output, self.grad, self.row_stats, self.total_weight) if t is not None]
 
-
-def loss_partials(rows: int) -> int:
+def _loss_partials(rows: int) -> int:
     """Groups of rows that are added by a block each."""
-    rows_per_partial = int(re.search(r"kRowsPerPartial = (\d+);", (CSRC / "cuda" / "kernels.h").read_text())[1])
-    return math.ceil(rows / rows_per_partial)
+    found = re.search(r"kRowsPerPartial = (\d+);", (CSRC / "cuda" / "kernels.h").read_text())
+    assert found is not None
+    return math.ceil(rows / int(found[1]))
 
 
 class _Loss:
     """The tensors of a loss, in the dtypes and memory that the kernels take, and its launches."""
 
     def __init__(self, kernels: Kernels, problem: Problem, settings: Settings) -> None:
-        self.kernels, self.case, self.settings = kernels, problem.case, settings
-        self.memory = settings.memory()
+        case = problem.case
+        self.kernels, self.case, self.settings, self.memory = kernels, case, settings, settings.memory()
         self.class_dim = 0 if problem.input.dim() == 1 else 1
         self.input, self.probabilities = problem.input, None
         self.torchs_loss_dtype = self.input.dtype
-        if self.case.has_probabilities:
-            self.probabilities = problem.target
+        self.targets = Targets(ignore_index=case.ignore_index, label_smoothing=case.label_smoothing)
+        if case.has_probabilities:
             for tensor in (problem.target, problem.weight):
                 if tensor is not None:
                     self.torchs_loss_dtype = torch.promote_types(self.torchs_loss_dtype, tensor.dtype)
@@ -151,146 +152,136 @@ class _Loss:
                 self.input = self.input.double()
         self.acc = torch.float64 if self.input.dtype == torch.float64 else torch.float32
         self.loss_dtype = settings.loss_dtype or self.torchs_loss_dtype
-        self.float_type = c_uint8(FLOAT_TYPES[self.input.dtype])
-        self.targets = Targets(ignore_index=self.case.ignore_index, label_smoothing=self.case.label_smoothing)
-        if self.probabilities is not None:
-            if self.probabilities.dtype != self.input.dtype:
-                self.probabilities = self.probabilities.to(self.acc)
+        if case.has_probabilities:
+            same = problem.target.dtype == self.input.dtype
+            self.probabilities = problem.target if same else problem.target.to(self.acc)
             self.targets.probabilities_are_acc = self.probabilities.dtype == self.acc
         else:
-            self.index = self.memory.copy(problem.target.contiguous())
-            self.targets.index = address(self.index)
-            self.targets.index_type = INDEX_TYPES[self.index.dtype]
+            self.targets.index = address(self.memory.copy(problem.target.contiguous()))
+            self.targets.index_type = INDEX_TYPES[problem.target.dtype]
         if problem.weight is not None:
-            self.weight = self.memory.copy(problem.weight.to(self.acc).contiguous())
-            self.weight_sum = self.memory.copy(self.weight.sum())
-            self.targets.weight = address(self.weight)
-            self.targets.weight_sum = address(self.weight_sum)
+            weight = self.memory.copy(problem.weight.to(self.acc).contiguous())
+            self.targets.weight = address(weight)
+            if case.label_smoothing > 0:
+                self.targets.weight_sum = address(self.memory.copy(weight.sum()))
+        self.float_type = c_uint8(FLOAT_TYPES[self.input.dtype])
         self.row_shape = self.input.select(self.class_dim, 0).shape
-        self.reduction = REDUCTIONS.index(self.case.reduction)
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.row_shape)
+        self.rows = math.prod(self.row_shape)
 
     def run(self) -> Result:
-        forward, backward = (
-            (self._cross_entropy_forward, self._cross_entropy_backward)
-            if self.case.op == "cross_entropy"
-            else (self._nll_loss_forward, self._nll_loss_backward)
-        )
+        cross_entropy = self.case.op == "cross_entropy"
         bad = BadTarget(), BadTarget()
-        output, total_weight, row_stats = self._forward(forward, bad[0])
-        g = self.memory.copy(grad_output(self.case, output.to(self.torchs_loss_dtype)).to(self.acc).contiguous())
-        divisor = total_weight if self.case.reduction == "mean" else None
-        grad = backward(g, 1 if self.case.reduction == "none" else 0, divisor, row_stats, bad[1])
+        reduced = self.case.reduction != "none"
+        output = self.memory.empty([] if reduced else self.row_shape, self.loss_dtype)
+        row_loss = self.memory.empty([self.rows], self.acc) if reduced else output
+        row_stats = self.memory.empty([*self.row_shape, 2], self.acc) if cross_entropy else None
+        if cross_entropy:
+            self._cross_entropy_forward(row_loss, row_stats, bad[0])
+        else:
+            self._nll_loss_forward(row_loss, bad[0])
+        total_weight = self._reduce(row_loss, output)
+        # Rounded as torch's, so that the exact gradient is known.
+        g = grad_output(self.case, output.to(self.torchs_loss_dtype)).to(self.acc).contiguous()
+        incoming = {
+            "grad_output": address(self.memory.copy(g)),
+            "grad_output_stride": 0 if reduced else 1,
+            "total_weight": address(total_weight if self.case.reduction == "mean" else None),
+        }
+        if cross_entropy:
+            grad = self._cross_entropy_backward(incoming, row_stats, bad[1])
+        else:
+            grad = self._nll_loss_backward(incoming, bad[1])
         self.memory.check()
         return Result(output, grad, row_stats, total_weight, bad)
 
-    def _launch(self, name: str, *arguments: object) -> None:
+    def _launch(self, name: str, *arguments: Any) -> None:
         self.kernels.launch(name, *arguments, order=self.settings.order, most_blocks=self.settings.most_blocks)
 
-    def _arrays(self, with_grad: bool) -> tuple[Tensor, Tensor | None, Arrays]:
-        """Input and, if asked for, its gradient in memory, with the arrays of both."""
-        tensors = [self.input, *([] if self.probabilities is None else [self.probabilities])]
-        grad = self.memory.like(self.input) if with_grad else None
-        (input, *others), arrays = share_layout([*tensors, *([] if grad is None else [grad])], self.class_dim)
-        input = self.memory.copy(input, self.settings.shifts[0])
-        if grad is not None:
-            grad = self.memory.empty(grad.shape, grad.dtype, others.pop().stride(), self.settings.shifts[1])
-        if others:
-            self.placed_probabilities = self.memory.copy(others[0])
-            self.targets.probabilities = address(self.placed_probabilities)
-            self.targets.probability_strides = arrays.strides[1]
-        return input, grad, arrays
+    def _arrays(self, *others: Tensor) -> tuple[Tensor, list[Tensor], Arrays]:
+        """Input and probabilities in memory; others, if need be contiguous; the arrays of input and others."""
+        given = [self.input] if self.probabilities is None else [self.input, self.probabilities]
+        tensors, arrays = share_layout([*given, *others], self.class_dim)
+        input = self.memory.copy(tensors[0], self.settings.shifts[0])
+        if self.probabilities is not None:
+            self.targets.probabilities = address(self.memory.copy(tensors[1]))
+            self.targets.probability_strides = arrays.strides.pop(1)
+        return input, tensors[len(given) :], arrays
 
-    def _forward(self, launch, bad: BadTarget) -> tuple[Tensor, Tensor, Tensor | None]:
-        reduced = self.case.reduction != "none"
-        result = self.memory.empty([] if reduced else self.row_shape, self.loss_dtype)
-        row_loss = self.memory.empty([self.rows], self.acc) if reduced else result
-        total_weight = self.memory.empty([], self.acc)
-        input, _, arrays = self._arrays(with_grad=False)
-        row_stats = launch(input, arrays, row_loss, bad)
-        partials = self.memory.empty([2 * loss_partials(self.rows)], torch.float64)
-        reduction = LossReduction(
-            self.reduction, self.loss_dtype == self.acc, address(result), address(total_weight), address(partials)
-        )
-        self.kernels.launch(
-            "loss_reduction",
-            reduction,
-            arrays.extent,
-            self.targets,
-            address(row_loss),
-            c_bool(row_loss.dtype == self.acc),
-            self.float_type,
-            order=self.settings.order,  # its blocks do not walk on
-        )
-        return result, total_weight, row_stats
-
-    def _cross_entropy_forward(self, input: Tensor, arrays: Arrays, row_loss: Tensor, bad: BadTarget) -> Tensor:
-        row_stats = self.memory.empty([*self.row_shape, 2], self.acc)
+    def _cross_entropy_forward(self, row_loss: Tensor, row_stats: Tensor, bad: BadTarget) -> None:
+        input, _, arrays = self._arrays()
         problem = CrossEntropyForward(
-            arrays.extent,
-            arrays.layout,
-            address(input),
-            arrays.strides[0],
-            self.targets,
-            address(row_loss),
-            row_loss.dtype == self.acc,
-            address(row_stats),
+            extent=arrays.extent,
+            layout=arrays.layout,
+            logits=address(input),
+            logits_strides=arrays.strides[0],
+            targets=self.targets,
+            row_loss=address(row_loss),
+            row_loss_is_acc=row_loss.dtype == self.acc,
+            row_stats=address(row_stats),
         )
         self._launch("cross_entropy_forward", problem, self.float_type, bad)
-        return row_stats
 
-    def _cross_entropy_backward(
-        self, g: Tensor, g_stride: int, divisor: Tensor | None, row_stats: Tensor, bad: BadTarget
-    ) -> Tensor:
-        input, grad, arrays = self._arrays(with_grad=True)
+    def _cross_entropy_backward(self, incoming: dict[str, Any], row_stats: Tensor, bad: BadTarget) -> Tensor:
+        input, (like,), arrays = self._arrays(self.memory.like(self.input))
+        grad = self.memory.empty(like.shape, like.dtype, like.stride(), self.settings.shifts[1])
         problem = CrossEntropyBackward(
-            arrays.extent,
-            arrays.layout,
-            address(input),
-            arrays.strides[0],
-            self.targets,
-            address(row_stats),
-            address(g),
-            g_stride,
-            address(divisor),
-            address(grad),
-            arrays.strides[-1],
+            extent=arrays.extent,
+            layout=arrays.layout,
+            logits=address(input),
+            logits_strides=arrays.strides[0],
+            targets=self.targets,
+            row_stats=address(row_stats),
+            grad_logits=address(grad),
+            grad_strides=arrays.strides[1],
+            **incoming,
         )
         mass = self.memory.empty([self.rows], self.acc)
         self._launch("cross_entropy_backward", problem, self.float_type, address(mass), bad)
         return grad
 
-    def _nll_loss_forward(self, input: Tensor, arrays: Arrays, row_loss: Tensor, bad: BadTarget) -> None:
+    def _nll_loss_forward(self, row_loss: Tensor, bad: BadTarget) -> None:
+        input, _, arrays = self._arrays()
         problem = NllLossForward(
-            arrays.extent,
-            address(input),
-            arrays.strides[0],
-            self.targets,
-            address(row_loss),
-            row_loss.dtype == self.acc,
+            extent=arrays.extent,
+            log_probs=address(input),
+            strides=arrays.strides[0],
+            targets=self.targets,
+            row_loss=address(row_loss),
+            row_loss_is_acc=row_loss.dtype == self.acc,
         )
         self._launch("nll_loss_forward", problem, self.float_type, bad)
 
-    def _nll_loss_backward(
-        self, g: Tensor, g_stride: int, divisor: Tensor | None, row_stats: None, bad: BadTarget
-    ) -> Tensor:
-        (grad,), arrays = share_layout([self.memory.like(self.input)], self.class_dim)
-        grad = self.memory.empty(grad.shape, grad.dtype, grad.stride(), self.settings.shifts[1])
+    def _nll_loss_backward(self, incoming: dict[str, Any], bad: BadTarget) -> Tensor:
+        (like,), arrays = share_layout([self.memory.like(self.input)], self.class_dim)
+        grad = self.memory.empty(like.shape, like.dtype, like.stride(), self.settings.shifts[1])
         problem = NllLossBackward(
-            arrays.extent,
-            arrays.layout,
-            self.targets,
-            address(g),
-            g_stride,
-            address(divisor),
-            address(grad),
-            arrays.strides[0],
+            extent=arrays.extent,
+            layout=arrays.layout,
+            targets=self.targets,
+            grad_log_probs=address(grad),
+            grad_strides=arrays.strides[0],
+            **incoming,
         )
         self._launch("nll_loss_backward", problem, self.float_type, bad)
         return grad
+
+    def _reduce(self, row_loss: Tensor, output: Tensor) -> Tensor:
+        """Returns the divisor of the mean."""
+        total_weight = self.memory.empty([], self.acc)
+        partials = self.memory.empty([2 * _loss_partials(self.rows)], torch.float64)
+        reduction = LossReduction(
+            reduction=REDUCTIONS.index(self.case.reduction),
+            loss_is_acc=output.dtype == self.acc,
+            loss=address(output),
+            total_weight=address(total_weight),
+            partials=address(partials),
+        )
+        extent = Extent(1, self.input.shape[self.class_dim], self.rows)
+        is_acc = c_bool(row_loss.dtype == self.acc)
+        arguments = (reduction, extent, self.targets, address(row_loss), is_acc, self.float_type)
+        # On the whole grid: its blocks do not walk on.
+        self.kernels.launch("loss_reduction", *arguments, order=self.settings.order)
+        return total_weight
 
 
 def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> Result:
@@ -299,41 +290,42 @@ def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> 
     float_type = c_uint8(FLOAT_TYPES[input.dtype])
     how = {"order": settings.order, "most_blocks": settings.most_blocks}
 
-    (x, y), arrays = share_layout(
-        [input, torch.empty_like(input, memory_format=torch.contiguous_format)], case.class_dim
-    )
+    (x, y), arrays = share_layout([input, memory.like(input, torch.contiguous_format)], case.class_dim)
     x = memory.copy(x, settings.shifts[0])
     y = memory.empty(y.shape, y.dtype, y.stride(), settings.shifts[1])
     forward = LogSoftmaxForward(
-        arrays.extent, arrays.layout, address(x), arrays.strides[0], address(y), arrays.strides[1]
+        extent=arrays.extent,
+        layout=arrays.layout,
+        input=address(x),
+        input_strides=arrays.strides[0],
+        output=address(y),
+        output_strides=arrays.strides[1],
     )
     kernels.launch("log_softmax_forward", forward, float_type, **how)
 
-    (g, placed_y, grad), arrays = share_layout([grad_output(case, y), y, memory.like(y)], case.class_dim)
-    g = memory.copy(g, settings.shifts[0])
-    placed_y = memory.copy(placed_y)
+    (g, saved, grad), arrays = share_layout([grad_output(case, y), y, memory.like(y)], case.class_dim)
+    g, saved = memory.copy(g, settings.shifts[0]), memory.copy(saved)
     grad = memory.empty(grad.shape, grad.dtype, grad.stride(), settings.shifts[1])
     backward = LogSoftmaxBackward(
-        arrays.extent,
-        arrays.layout,
-        address(g),
-        arrays.strides[0],
-        address(placed_y),
-        arrays.strides[1],
-        address(grad),
-        arrays.strides[2],
+        extent=arrays.extent,
+        layout=arrays.layout,
+        grad_output=address(g),
+        grad_output_strides=arrays.strides[0],
+        output=address(saved),
+        output_strides=arrays.strides[1],
+        grad_input=address(grad),
+        grad_input_strides=arrays.strides[2],
     )
     kernels.launch("log_softmax_backward", backward, float_type, **how)
     memory.check()
     return Result(y, grad)
 
 
-def run(kernels: Kernels, problem: Problem, settings: Settings = Settings()) -> Result:  # noqa: B008
+def run(kernels: Kernels, problem: Problem, settings: Settings = Settings()) -> Result:
     """Output and gradient of a problem, for the gradient of the output that ``cases.grad_output`` gives."""
-    result = (
-        _run_log_softmax(kernels, problem, settings)
-        if problem.case.op == "log_softmax"
-        else _Loss(kernels, problem, settings).run()
-    )
+    if problem.case.op == "log_softmax":
+        result = _run_log_softmax(kernels, problem, settings)
+    else:
+        result = _Loss(kernels, problem, settings).run()
     result.grad = result.grad.to(problem.input.dtype)
     return result

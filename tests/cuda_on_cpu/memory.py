@@ -19,19 +19,21 @@ def _window(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 class Memory:
-    """Tensors in memory of their own: what lies around a tensor and between its elements is NaN, or -1, and less than 16
-    bytes after its end begins a page that cannot be accessed."""
+    """Tensors in memory of their own: what lies around a tensor and between its elements is NaN, or -1, and less than
+    16 bytes after its end begins a page that cannot be accessed."""
 
     def __init__(self) -> None:
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []  # buffer, tensor, bytes that it has to keep
 
-    def _place(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, shift: int) -> tuple[Tensor, Tensor]:
+    def _place(
+        self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, shift: int
+    ) -> tuple[Tensor, Tensor]:
         size, misaligned = _window(shape, stride) * dtype.itemsize, shift * dtype.itemsize % 16
         pages = 1 + math.ceil((size + 16) / mmap.PAGESIZE)
         area = torch.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), dtype=torch.uint8)
         buffer, fence = area.split(pages * mmap.PAGESIZE)
-        status = _libc.mprotect(address(fence), ctypes.c_size_t(mmap.PAGESIZE), c_int(0))
-        assert status == 0
+        status = _libc.mprotect(address(fence), ctypes.c_size_t(mmap.PAGESIZE), ctypes.c_int(0))
+        assert status == 0, "mprotect failed"
         buffer.fill_(0xFF)
         begin = (len(buffer) - size - misaligned) // 16 * 16 + misaligned
         return buffer, buffer[begin : begin + size].view(dtype).as_strided(shape, stride)
@@ -48,7 +50,9 @@ class Memory:
         self._tensors.append((buffer, copy, buffer.clone()))
         return copy
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None, shift: int = 0) -> Tensor:
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None, shift: int = 0
+    ) -> Tensor:
         """A tensor to write: contiguous, or with stride."""
         if stride is None:
             stride = torch.empty(shape, device="meta").stride()
@@ -78,7 +82,9 @@ class SparseMemory(Memory):
     def copy(self, tensor: Tensor, shift: int | None = None) -> Tensor:
         return tensor
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None, shift: int = 0) -> Tensor:
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None, shift: int = 0
+    ) -> Tensor:
         return sparse(shape, dtype, stride or torch.empty(shape, device="meta").stride())
 
     def like(self, tensor: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
@@ -98,5 +104,5 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
 
-def address(tensor: Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

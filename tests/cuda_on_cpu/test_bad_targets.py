@@ -7,7 +7,9 @@ import pytest
 import torch
 from cases import Case, Problem, build
 from comparison import variant
-from launches import ASCENDING, DESCENDING, INDEX_TYPES, RANDOM, BadTarget, Kernels, Settings, bits, run
+from emulator import ASCENDING, DESCENDING, INDEX_TYPES, RANDOM, BadTarget, Kernels
+from launches import Settings, run
+from memory import bits
 
 IGNORE_INDEX = -7
 FAMILIES = {
@@ -20,6 +22,7 @@ FAMILIES = {
 
 
 def bad_values(dtype: torch.dtype, classes: int) -> list[int]:
+    """None for bytes beside 300 classes."""
     limits = torch.iinfo(dtype)
     wanted = (-1, -100, classes, classes + 1, 2**32, 2**32 + 1, limits.min, limits.max)
     return sorted({v for v in wanted if limits.min <= v <= limits.max and not 0 <= v < classes and v != IGNORE_INDEX})
@@ -39,13 +42,13 @@ def check_record(bad: BadTarget, target: torch.Tensor, rows: list[int], classes:
 @pytest.mark.parametrize("order", [ASCENDING, DESCENDING, RANDOM])
 def test_out_of_range(family: str, dtype: torch.dtype, reduction: str, order: int, kernels: Kernels) -> None:
     op, shape = FAMILIES[family]
-    smoothing = 0.1 if op == "cross_entropy" else 0.0
     case = variant(
-        Case("", "", shape, op=op, target_dtype=dtype, weight="positive", reduction=reduction, label_smoothing=smoothing,
-             ignore_index=IGNORE_INDEX)
-    )  # fmt: skip
+        Case(
+            "", "", shape, op=op, target_dtype=dtype, weight="positive", reduction=reduction, ignore_index=IGNORE_INDEX
+        ),
+        label_smoothing=0.1 if op == "cross_entropy" else 0.0,
+    )
     problem, settings = build(case), Settings(order=order)
-    # Of a byte every value below 300 is a class.
     rows = [1, 3, case.rows - 1]
     for value in bad_values(dtype, case.classes):
         target = problem.target.clone()

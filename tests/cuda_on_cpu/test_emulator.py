@@ -6,7 +6,8 @@ import ctypes
 
 import pytest
 import torch
-from launches import ASCENDING, DESCENDING, RANDOM, Emulator, KernelError, Launch, Memory, address, bits
+from emulator import ASCENDING, DESCENDING, RANDOM, Emulator, KernelError, Launch
+from memory import Memory, address, bits
 from torch import Tensor
 
 ORDERS = (ASCENDING, DESCENDING, RANDOM, RANDOM + 1)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from cases import Case, Problem, build
 from comparison import check_same, variant
-from launches import Kernels, Settings, SparseMemory, run, sparse
+from emulator import Kernels
+from launches import Settings, run
+from memory import SparseMemory, sparse
 
 FAR = 2**31 + 64  # elements; 16-byte aligned, so that rows are divided as those beside each other are
 

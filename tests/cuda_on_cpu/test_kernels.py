@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, build, select
 from comparison import check, check_same, variant
-from launches import (
+from emulator import (
     ASCENDING,
     DESCENDING,
     FAMILIES,
@@ -18,13 +18,10 @@ from launches import (
     RANDOM,
     BadTarget,
     Kernels,
-    Memory,
-    Settings,
-    address,
     kernel_bounds,
-    run,
-    share_layout,
 )
+from launches import Settings, run, share_layout
+from memory import Memory, address
 
 # The entries of the operators launch nothing for an empty tensor and for a number.
 CASES = select(lambda case: case.shape != () and case.numel > 0)
@@ -107,7 +104,11 @@ LAUNCHES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "expected"), LAUNCHES, ids=lambda value: variant(value).name if isinstance(value, Case) else "")
+def _name(case: object) -> str:
+    return f"{case.op}-{case.shape}-{case.target}-{case.layout}" if isinstance(case, Case) else ""
+
+
+@pytest.mark.parametrize(("case", "expected"), LAUNCHES, ids=_name)
 def test_launches(case: Case, expected: list[str], kernels: Kernels) -> None:
     kernels.launched.clear()
     run(kernels, build(variant(case)))

@@ -1,4 +1,4 @@
-"""Mistakes planted in the kernels are found: the comparison with the oracle, the sanitizer or the emulator reports each."""
+"""Mistakes planted in the kernels are found: the oracle, the sanitizer or the emulator reports each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from cases import Case, build
 from comparison import check, variant
 from compilation import CSRC, kernels_library
-from launches import DESCENDING, KernelError, Kernels, Settings, run
+from emulator import DESCENDING, KernelError, Kernels
+from launches import Settings, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ MUTATIONS = [
              FORWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address"),
     Mutation("a gradient taken to be as aligned as its logits", "cross_entropy_backward.cuh",
              "if (aligned) {", "if (true) {",
-             BACKWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address", [Settings(shifts=(0, 1))]),
+             BACKWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address",
+             [Settings(shifts=(0, 1))]),
     Mutation("ignore_index ignored", "targets.cuh",
              "const bool ignored = y.index == t.ignore_index;", "const bool ignored = false;",
              FORWARD, [Case("", "", (5, 40), ignored="some", reduction="none")], AssertionError, "output"),

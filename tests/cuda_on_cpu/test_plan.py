@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from launches import FAMILIES, PLANES, ROWS, CudaPlan, Extent, Kernels
+from emulator import FAMILIES, PLANES, ROWS, CudaPlan, Extent, Kernels
 
-SIZES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 129, 255, 256, 257, 1000, 2048, 2049, 8192, 8193, 50257, 2**31]
+SIZES = [n + d for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 2048, 8192, 50257, 2**31) for d in (-1, 0, 1) if n + d]
 COUNTS = [1, 2, 7, 33, 128, 1000, 2**20, 2**20 + 1, 2**31 + 1, 2**40]
 MOST_BLOCKS = 2**31 - 1  # of a grid, in its first dimension
 
