@@ -17,6 +17,11 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=2000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+# The problems are small: torch's threads would mostly wait for each other, for milliseconds where the machine has other
+# work. test_determinism.py compares numbers of threads.
+torch.set_num_threads(1)
+
+
 def _missing(device: str) -> str | None:
     """Why nothing can run on the device, or None."""
     if device == "cpu":

@@ -79,7 +79,6 @@ def _storages(problem: Problem) -> Iterator[StorageWeakRef]:
 @pytest.mark.parametrize("case", [*_LOSSES, Case("log_softmax", "", (64, 100), op="log_softmax")], ids=str)
 @pytest.mark.parametrize("use", ["forward", "backward", "double backward", "error"])
 def test_no_reference_outlives_the_graph(case: Case, use: str, device: str) -> None:
-    gc.collect()
     gc.disable()  # freed by reference counts, not only when a collection comes
     try:
         problem = _input_leaf(case, device)

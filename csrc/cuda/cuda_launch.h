@@ -1,4 +1,4 @@
-// The three things that differ between nvcc and the build that runs the kernels on the CPU (tests/cuda_on_cpu).
+// The two things that differ between nvcc and the build that runs the kernels on the CPU (tests/cuda_on_cpu).
 #pragma once
 
 #ifdef __CUDACC__

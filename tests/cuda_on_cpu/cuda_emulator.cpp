@@ -321,7 +321,7 @@ EXPORT void __ubsan_on_report() {
       std::string("undefined behaviour (") + kind + "): " + message + " at " + file + ":" + std::to_string(line);
 }
 
-// The C interface: what a launch is to be like, before it; what became of it, after it. Strings are valid until the next.
+// The C interface: what the next launch is to be like, and what became of the last one. Strings end with the next one.
 EXPORT void emulator_configure(uint64_t order, unsigned most_blocks) {
   cuda_emulator::order = order;
   cuda_emulator::most_blocks = most_blocks;
