@@ -423,7 +423,7 @@ def _planes() -> list[Case]:
         Case(f"planes_nll_loss_{inner}", why, (2, 19, inner), op="nll_loss", ignored="some", weight="positive")
         for inner in (1, 2, 9, 127)
     ]
-    why = "as many classes as one position of a plane can have"
+    why = "few and many classes for each position of a plane"
     cases += [Case(f"planes_classes_{size}", why, (2, size, 6), ignored="some") for size in (1, 2, 3, 33, 1000, 4097)]
     cases += [
         Case("image", "(N, C, H, W) segmentation", (2, 21, 13, 11), ignored="some", ignore_index=255,
@@ -433,6 +433,50 @@ def _planes() -> list[Case]:
         Case("volume_probabilities", "(N, C, D, H, W)", (2, 5, 3, 4, 5), target="probabilities"),
         Case("plane_of_one", "(N, C, 1, 1): planes that are rows", (6, 10, 1, 1), reduction="none"),
         Case("tall_plane", "one plane larger than any partition of it", (1, 3, 9001), ignored="some"),
+    ]
+    return cases
+
+
+def _blocks() -> list[Case]:
+    """Problems larger than what a kernel takes at a time: 16 KiB of a row, 512 neighbouring rows, 128 KiB of a plane."""
+    cases = []
+    why = "parts of one row are merged: their maxima, sums and terms of smoothing and probabilities"
+    for shape, dtype in (((3, 9001), float32), ((3, 17001), bfloat16), ((3, 4501), float64), ((2, 200, 7), float32),
+                         ((2, 300, 7), float16), ((2, 100, 7), float64)):
+        name, same = f"{_x(shape)}_{_short(dtype)}", {"why": why, "shape": shape, "dtype": dtype, "reduction": "none"}
+        cases += [
+            Case(f"blocks_{name}", **same),
+            Case(f"blocks_smoothed_{name}", label_smoothing=0.1, weight="positive", **same),
+            Case(f"blocks_probabilities_{name}", target="probabilities", weight="positive", **same),
+            Case(f"blocks_log_softmax_{name}", op="log_softmax", **same),
+            Case(f"blocks_growing_{name}", scale=40.0, label_smoothing=0.1, **same),
+        ]
+        for special in ("masked_head", "masked_tail"):
+            cases += [
+                Case(f"blocks_{special}_{name}", special=special, **same),
+                Case(f"blocks_{special}_log_softmax_{name}", op="log_softmax", special=special, **same),
+                Case(f"blocks_{special}_probabilities_{name}", target="probabilities", special=special,
+                     same_as_torch=False, **same),
+            ]
+    why = "a part of a block of neighbouring rows"
+    cases += [
+        Case(f"tiles_{inner}_{op}", why, (2, 5, inner), op=op, ignored="some")
+        for inner in (511, 512, 513, 1025, 1539)
+        for op in OPERATORS
+    ]
+    why = "rows of few classes are taken many at a time"
+    cases += [
+        Case(f"few_classes_{rows}x{classes}_{_short(dtype)}", why, (rows, classes), dtype=dtype, ignored="some",
+             label_smoothing=smoothing)
+        for rows, classes in ((511, 2), (512, 15), (513, 16), (513, 17), (1025, 1), (1700, 10))
+        for dtype, smoothing in ((float32, 0.0), (bfloat16, 0.1), (float64, 0.1))
+    ]
+    cases += [
+        Case("few_classes_probabilities", why, (513, 10), target="probabilities", weight="positive"),
+        Case("few_classes_padded", why, (513, 10), layout="padded", reduction="none"),
+        Case("few_classes_log_softmax", why, (513, 10), op="log_softmax"),
+        Case("wide_planes", "sums of many classes are exact also where each is a plane", (1, 50257, 3)),
+        Case("wide_planes_log_softmax", "as above", (1, 50257, 3), op="log_softmax"),
     ]
     return cases
 
@@ -745,6 +789,7 @@ HIGHER_ORDER_CASES = _higher_order()
 CASES = [
     *_rows(),
     *_planes(),
+    *_blocks(),
     *_layouts(),
     *_dtypes(),
     *_options(),
