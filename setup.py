@@ -92,7 +92,8 @@ def main() -> None:
     with_cuda = torch.version.cuda is not None and os.environ.get("NLLX_WITHOUT_CUDA", "0") in ("", "0")
     macros: list[tuple[str, str | None]] = [("NLLX_TORCH_VERSION", f'"{torch.__version__}"')]
     sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    cxx = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    # Without -fopenmp at::parallel_for, which is inlined from torch's headers, runs on one thread and says nothing.
+    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     flags = {"cxx": cxx}
     if with_cuda:
         os.environ["CUDA_HOME"] = find_cuda(torch.version.cuda)
@@ -114,7 +115,7 @@ def main() -> None:
         depends=[os.path.relpath(path, ROOT) for path in depends],
         define_macros=macros,
         extra_compile_args=flags,
-        # at::parallel_for runs on the OpenMP runtime that torch brings; the extension links none of its own.
+        # Linked without -fopenmp: the runtime is the one that libtorch_cpu brings. A second one is a second thread pool.
         extra_link_args=["-Wl,--strip-debug"] if sys.platform == "linux" else [],
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})

@@ -113,9 +113,10 @@ class Problem:
             tensors += [self.target, self.weight]
         return [tensor for tensor in tensors if tensor is not None]
 
-    def requires_grad(self) -> Problem:
-        """The same values in the same layouts, as leaves that require a gradient wherever one is defined."""
-        differentiable = {id(tensor) for tensor in self.differentiable}
+    def requires_grad(self, input_only: bool = False) -> Problem:
+        """The same values in the same layouts, as leaves that require a gradient wherever one is defined, or the input
+        alone."""
+        differentiable = {id(tensor) for tensor in ([self.input] if input_only else self.differentiable)}
 
         def leaf(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or id(tensor) not in differentiable:
@@ -477,6 +478,11 @@ def _blocks() -> list[Case]:
         Case("few_classes_log_softmax", why, (513, 10), op="log_softmax"),
         Case("wide_planes", "sums of many classes are exact also where each is a plane", (1, 50257, 3)),
         Case("wide_planes_log_softmax", "as above", (1, 50257, 3), op="log_softmax"),
+        Case("wide_planes_smoothed", "equal addends round alike: their sum drifts", (1, 50257, 3), label_smoothing=0.1),
+        Case("wide_planes_smoothed_weighted", "as above", (2, 4097, 3), label_smoothing=0.9, weight="positive"),
+        Case("wide_planes_probabilities", "as above", (1, 50257, 3), target="probabilities", label_smoothing=0.9),
+        Case("wide_rows_smoothed", "as above", (3, 50257), label_smoothing=0.9),
+        Case("unbatched_stepped", "as above", (1031,), layout="stepped", label_smoothing=0.9),
     ]
     return cases
 
@@ -614,6 +620,8 @@ def _options() -> list[Case]:
     ]
     cases += [
         Case("weight_all_zero", "0 / 0: NaN loss and gradient", (4, 5), weight="all_zero"),
+        Case("weight_all_zero_smoothed", "0 / 0 also where the smoothing term is 0", (4, 5), weight="all_zero",
+             label_smoothing=0.1),
         Case("weight_all_zero_sum", "zero loss and gradient", (4, 5), weight="all_zero", reduction="sum"),
         Case("weight_nan_unused", "no product over classes that no target names", (6, 5), weight="nan_unused"),
         Case("probabilities_negative", "the formula holds for any number", (5, 6), target="any_numbers",

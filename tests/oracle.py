@@ -38,18 +38,23 @@ class Reference:
 
 @dataclasses.dataclass
 class Answer:
-    """A result and the gradients of ``problem.differentiable``, for the gradient of the output that is given."""
+    """A result and the gradients of ``problem.differentiable``, or of the input alone, for some gradient of the output."""
 
     output: Tensor
     grads: list[Tensor]
 
 
-def answer(problem: Problem, functional: Any, grad: Tensor | None = None) -> Answer:
-    """Computes a problem and its gradients with functional. grad: of the output; by default ``grad_output``'s."""
-    leaves = problem.requires_grad()
+def answer(problem: Problem, functional: Any, grad: Tensor | None = None, input_only: bool = False) -> Answer:
+    """Computes a problem and its gradients with functional. grad: of the output; by default ``grad_output``'s.
+
+    input_only: with probability targets that need no gradient nllx's kernels compute that of the input, otherwise the
+    definition does.
+    """
+    leaves = problem.requires_grad(input_only)
     output = leaves.call(functional)
     grad = grad_output(problem.case, output) if grad is None else grad.to(output.dtype)
-    return Answer(output.detach(), list(torch.autograd.grad(output, leaves.differentiable, grad)))
+    tensors = [leaves.input] if input_only else leaves.differentiable
+    return Answer(output.detach(), list(torch.autograd.grad(output, tensors, grad)))
 
 
 @functools.cache
@@ -62,6 +67,14 @@ def exact(case: Case) -> Answer:
     output = problem.for_torch().call(torch.nn.functional)
     functional = torch.nn.functional if case.same_as_torch else Reference
     return answer(double, functional, grad_output(case, output).double())
+
+
+@functools.cache
+def torch_errors(case: Case) -> list[float]:
+    """The largest errors of torch's own output and gradients in the case's dtypes."""
+    theirs, correct = answer(build(case).for_torch(), torch.nn.functional), exact(case)
+    pairs = zip([theirs.output, *theirs.grads], [correct.output, *correct.grads], strict=True)
+    return [_largest(their.double() - want) for their, want in pairs]
 
 
 def _largest(values: Tensor) -> float:
@@ -119,16 +132,18 @@ def check_output(case: Case, actual: Tensor) -> None:
 
 
 def check_gradients(case: Case, actual: list[Tensor]) -> None:
-    """The same of the gradients: of the input, and of target and weight for probabilities."""
-    for name, got, want in zip(("input", "target", "weight"), actual, exact(case).grads, strict=False):
+    """The same of the gradients: of the input, or of input, target and weight for probabilities."""
+    for i, (got, want) in enumerate(zip(actual, exact(case).grads, strict=False)):
         unit, terms, dtype = epsilon(accumulation(case.dtype, got.dtype)), _terms(case)[1], _rounded_to(case, got)
         # The exact answer itself is off by a unit of float64 for every class that torch's smoothing term adds.
         unit += epsilon(torch.float64) * case.label_smoothing * case.classes / ULPS
-        if name != "input":
+        if i > 0:
             terms = _largest(want)
         if case.op == "log_softmax":  # made of the rounded output
             unit = epsilon(dtype)
-        _check(case, f"gradient of {name}", got, want, unit, terms, dtype)
+        # Together they come from the definition, which is made of torch's operations.
+        definition = torch_errors(case)[1 + i] if len(actual) > 1 else 0.0
+        _check(case, f"gradient {i}", got, want, unit, terms, dtype, definition)
 
 
 def _rounded_to(case: Case, result: Tensor) -> torch.dtype:
@@ -137,7 +152,14 @@ def _rounded_to(case: Case, result: Tensor) -> torch.dtype:
 
 
 def _check(
-    case: Case, name: str, actual: Tensor, expected: Tensor, unit: float, terms: float, dtype: torch.dtype
+    case: Case,
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    unit: float,
+    terms: float,
+    dtype: torch.dtype,
+    more: float = 0.0,
 ) -> None:
     """unit: last place of the accumulation, relative; terms: what it is relative to; dtype: what is rounded to."""
     smallest = torch.finfo(dtype).smallest_normal * epsilon(dtype)
@@ -145,7 +167,7 @@ def _check(
         actual.detach().cpu().double(),
         expected,
         rtol=0.5 * epsilon(dtype) + ULPS * unit,
-        atol=ULPS * unit * terms + smallest,
+        atol=ULPS * unit * terms + smallest + more,
         equal_nan=True,
         msg=lambda text: f"{name} of {case.name} ({case.why}): {text}",
     )
@@ -154,11 +176,10 @@ def _check(
 def check_against_torch(case: Case, actual: Answer) -> None:
     """The largest errors of output and gradients are no larger than those of torch in the same dtypes: up to two units
     in the last place of the terms, and the rounding of the result."""
-    theirs, correct = answer(build(case).for_torch(), torch.nn.functional), exact(case)
-    got_their_want = zip(*([a.output, *a.grads] for a in (actual, theirs, correct)), strict=True)
-    terms = [*_terms(case), *map(_largest, correct.grads[1:])]
-    for (got, their, want), size in zip(got_their_want, terms, strict=True):
-        error, torchs = _largest(got.cpu().double() - want), _largest(their.double() - want)
+    correct = exact(case)
+    wanted, terms = [correct.output, *correct.grads], [*_terms(case), *map(_largest, correct.grads[1:])]
+    for got, want, size, torchs in zip([actual.output, *actual.grads], wanted, terms, torch_errors(case), strict=False):
+        error = _largest(got.cpu().double() - want)
         rounding = 0.5 * epsilon(_rounded_to(case, got)) * _largest(want)
         slack = 2 * epsilon(accumulation(case.dtype, got.dtype)) * size + rounding
         assert error <= torchs + slack, f"{case.name} ({case.why}): error {error}, torch's {torchs}, slack {slack}"

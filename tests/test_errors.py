@@ -236,13 +236,23 @@ def test_unbatched_target_out_of_range() -> None:
             function(x[0], torch.tensor([5]))
 
 
-def test_first_bad_target_is_named() -> None:
-    """Whatever the number of threads: the first in row-major order."""
-    target = torch.zeros(20_000, dtype=torch.int64)
-    target[[7_001, 12_345, 19_999]] = torch.tensor([8, 9, 10])
-    for _ in range(5):
-        with pytest.raises(IndexError, match=r"Target 8 is out of bounds\..*target\[7001\]"):
-            nllx.functional.cross_entropy(torch.zeros(20_000, 8), target)
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("shape", [(20_000, 8), (400, 300), (1, 8, 20_000), (40, 8, 500)])
+def test_first_bad_target_is_named(op: str, shape: tuple[int, ...]) -> None:
+    """The first in row-major order, whichever thread meets one first."""
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    last = target.numel() - 1
+    places = [last // 3, last // 3 + 1, last // 3 + 7, last // 2, last]  # neighbours, and far apart
+    target.view(-1)[places] = torch.arange(900, 905)
+    position = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(places[0]), target.shape))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with pytest.raises(IndexError, match=rf"Target 900 is out of bounds\..*target\[{position}\]"):
+                getattr(nllx.functional, op)(torch.zeros(shape), target)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_target_changed_to_a_bad_one_before_backward() -> None:

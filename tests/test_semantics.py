@@ -286,8 +286,19 @@ class TestOptions:
         weight = torch.zeros(4)
         assert same_with_gradient("cross_entropy", x, t, weight).isnan()
         assert grad_of(N, "cross_entropy", x, t, weight).isnan().all()
-        assert same("nll_loss", x, t, weight).isnan()
-        assert same_with_gradient("cross_entropy", x, t, weight, reduction="sum") == 0
+        assert same_with_gradient("nll_loss", x, t, weight).isnan()
+        for op in LOSSES:
+            assert same_with_gradient(op, x, t, weight, reduction="sum") == 0
+
+    def test_all_weights_zero_with_smoothing(self) -> None:
+        """The weights of the targets are zero, those of other classes are not: 0 / 0 + number / 0."""
+        weight = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        assert same_with_gradient("cross_entropy", x, t, weight, label_smoothing=0.1).isnan()
+        target = torch.tensor([2, -100, 1])
+        gradient = grad_of(N, "cross_entropy", x, target, weight, label_smoothing=0.1)
+        assert gradient.isnan().all(1).tolist() == [True, False, True]
+        assert (gradient[1] == 0).all()
+        same_with_gradient("cross_entropy", x, t, weight, label_smoothing=0.1, reduction="sum")
 
     def test_weight_of_a_class_that_no_target_names(self) -> None:
         weight = torch.tensor([1.0, 2.0, 3.0, nan])

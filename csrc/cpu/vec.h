@@ -224,6 +224,11 @@ template <typename V>
 NLLX_INLINE V max_not_nan(V a, V b) {
   return b > a ? b : a;
 }
+#if NLLX_VECTOR_BYTES == 64
+NLLX_INLINE Vec<float> max_not_nan(Vec<float> a, Vec<float> b) {  // vmaxps gives its second operand where one is NaN
+  return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(b), bit_cast<__m512>(a)));
+}
+#endif
 
 template <typename acc>
 NLLX_INLINE acc largest_lane(Vec<acc> v) {
@@ -250,6 +255,22 @@ NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
 // the float version are those of Cephes expf (S. L. Moshier), error below 1 ulp in r; the double version is the Taylor
 // series to r^13, whose remainder is below 2^-57.
 NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
+#if NLLX_VECTOR_BYTES == 64
+  // vscalef multiplies by 2^n whatever n is, so that nothing has to be cut off below but -inf; vmaxps gives back a NaN
+  // in its second operand.
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-104.f), bit_cast<__m512>(x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.9875691500e-4f), _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
+  return bit_cast<Vec<float>>(_mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.f)), n));
+#else
   const float lowest = -87.33654f;
   const Mask<float> flushed = x < lowest;
   x = select(flushed, broadcast(lowest), x);
@@ -266,6 +287,7 @@ NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
   p = p * (r * r) + r + 1.f;
   const Vec<float> power = bit_cast<Vec<float>>((bit_cast<vec_u32>(shifted) << 23) + 0x3f800000u);
   return select(flushed, Vec<float>{}, p * power);
+#endif
 }
 NLLX_INLINE Vec<double> exp_vec(Vec<double> x) {
   typedef uint64_t vec_u64 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
