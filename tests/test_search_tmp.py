@@ -1,0 +1,144 @@
+"""Generated problems against torch: values, gradients and errors.
+
+``HYPOTHESIS_PROFILE=search`` looks for new counterexamples for as long as it takes; without it the same few are run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import LAYOUTS, REDUCTIONS, Case, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import answer, check_gradients, check_output
+from torch import Tensor
+from torch.testing import assert_close
+
+import nllx
+
+F = torch.nn.functional
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any row that the table could have, small."""
+    op = draw(st.sampled_from(["cross_entropy", "cross_entropy", "nll_loss", "log_softmax"]))
+    batched = draw(st.booleans()) or op == "log_softmax"
+    classes = draw(st.one_of(st.integers(1, 40), st.integers(1, 60)))
+    inner = draw(st.lists(st.integers(0, 6), max_size=3)) if batched else []
+    shape = (draw(st.integers(0, 9)), classes, *inner) if batched else (classes,)
+    layouts = [name for name in LAYOUTS if _allowed(name, shape)]
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    probabilities = op == "cross_entropy" and draw(st.booleans())
+    integers = [torch.int64, torch.int32, torch.int16, torch.uint8]
+    target_dtype = None if probabilities else draw(st.sampled_from(integers))
+    ignorable = [0, 1, 255] if target_dtype == torch.uint8 else [-100, -1, 0, 1, 255]
+    return Case(
+        name=f"generated_{draw(st.integers(0, 2**30))}",
+        why="generated",
+        shape=shape,
+        op=op,
+        dtype=dtype,
+        layout=draw(st.sampled_from(layouts)),
+        target=draw(st.sampled_from(["probabilities", "one_hot"])) if probabilities else "index",
+        target_dtype=target_dtype,
+        target_layout=draw(st.sampled_from(layouts)) if probabilities else "contiguous",
+        weight=draw(st.sampled_from(["", "positive"])),
+        ignore_index=-1 if probabilities else draw(st.sampled_from(ignorable)),
+        ignored="" if probabilities else draw(st.sampled_from(["", "some", "all"])),
+        label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])) if op == "cross_entropy" else 0.0,
+        reduction=draw(st.sampled_from(REDUCTIONS)),
+        scale=draw(st.sampled_from([0.01, 1.0, 5.0, 50.0])),
+        offset=draw(st.sampled_from([0.0, 0.0, -20.0, 300.0])),
+        dim=draw(st.integers(-len(shape), len(shape) - 1)) if op == "log_softmax" else 1,
+    )
+
+
+def _allowed(layout: str, shape: tuple[int, ...]) -> bool:
+    ranks = {"class_slice": 2, "expanded_classes": 2, "neither": 3, "expanded_inner": 3}
+    ranks |= {"channels_last": 2, "channels_last_padded": 2}
+    return len(shape) >= ranks.get(layout, 1)
+
+
+@settings(max_examples=25000)
+@given(cases())
+def test_generated_problem(case: Case) -> None:
+    for input_only in (True, False):
+        result = answer(build(case), nllx.functional, input_only=input_only)
+        check_output(case, result.output)
+        check_gradients(case, result.grads)
+
+
+_logits = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**99), max_value=2.0**99)
+_special = st.one_of(_logits, st.sampled_from([0.0, -math.inf, math.inf, math.nan, -3.4e38, 3.4e38, 1e-40]))
+
+
+@st.composite
+def rows(draw: st.DrawFn, element: st.SearchStrategy[float]) -> tuple[Tensor, Tensor]:
+    count, classes = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    values = draw(st.lists(element, min_size=count * classes, max_size=count * classes))
+    target = draw(st.lists(st.integers(0, classes - 1), min_size=count, max_size=count))
+    return torch.tensor(values, dtype=torch.float32).view(count, classes), torch.tensor(target)
+
+
+@given(rows(_logits))
+def test_any_finite_logits(problem: tuple[Tensor, Tensor]) -> None:
+    """Whatever their size, the loss is finite or as torch's, and the gradient of a row sums to zero."""
+    x, target = problem
+    x.requires_grad_()
+    loss = nllx.functional.cross_entropy(x, target, reduction="none")
+    expected = F.cross_entropy(x.double(), target, reduction="none")
+    assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert_close(gradient.sum(1), torch.zeros(len(x)), rtol=0, atol=1e-6)
+    assert_close(gradient.double(), torch.autograd.grad(expected.sum(), x)[0].double(), rtol=1e-5, atol=1e-6)
+
+
+@given(rows(_special))
+def test_infinities_and_nan_are_where_torch_has_them(problem: tuple[Tensor, Tensor]) -> None:
+    x, target = problem
+    for package in (nllx.functional, F):
+        losses = package.cross_entropy(x, target, reduction="none")
+        if package is nllx.functional:
+            ours = losses
+    assert torch.equal(ours.isnan(), losses.isnan())
+    assert_close(ours, losses, equal_nan=True)
+    assert_close(nllx.functional.log_softmax(x, 1), F.log_softmax(x, 1), equal_nan=True)
+
+
+@given(rows(_logits), st.integers(-(2**63), 2**63 - 1), st.integers(0, 3), st.integers(-200, 200))
+def test_any_target(problem: tuple[Tensor, Tensor], value: int, place: int, ignore_index: int) -> None:
+    """A class, ignored, or an IndexError that names it: as torch decides."""
+    x, target = problem
+    place %= len(target)
+    target[place] = value
+    try:
+        expected = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+    except IndexError:
+        with pytest.raises(IndexError, match=rf"Target {value} is out of bounds\..*target\[{place}\]"):
+            nllx.functional.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+    else:
+        result = nllx.functional.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+        assert_close(result, expected, equal_nan=True)
+
+
+_sizes = st.lists(st.integers(0, 3), max_size=4).map(tuple)
+
+
+@settings(max_examples=300)
+@given(_sizes, _sizes, st.sampled_from([torch.int64, torch.float32]), st.sampled_from(["cross_entropy", "nll_loss"]))
+def test_any_shapes(input_shape: tuple[int, ...], target_shape: tuple[int, ...], dtype: torch.dtype, op: str) -> None:
+    """The shape that torch returns, or the exception that torch raises."""
+    x, target = torch.zeros(input_shape), torch.zeros(target_shape, dtype=dtype)
+    try:
+        expected = getattr(F, op)(x, target, reduction="none")
+    except Exception as error:
+        # Where a size is 0, torch's exception comes from its own slicing; where the dtype is wrong too, either will do.
+        several = 0 in input_shape or dtype == torch.float32
+        kinds = (IndexError, RuntimeError, ValueError) if several else type(error)
+        with pytest.raises(kinds):
+            getattr(nllx.functional, op)(x, target, reduction="none")
+    else:
+        assert_close(getattr(nllx.functional, op)(x, target, reduction="none"), expected)
