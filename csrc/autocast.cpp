@@ -12,10 +12,14 @@ using at::Tensor;
 
 namespace {
 
-OptionalDtype float32_loss(const Tensor& input, const Tensor& target, OptionalDtype dtype) {
+OptionalDtype float32_loss(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                           OptionalDtype dtype) {
   const at::ScalarType t = input.scalar_type();
   const bool half = t == at::kHalf || t == at::kBFloat16;
-  return !dtype.has_value() && half && target.scalar_type() != at::kDouble ? OptionalDtype(at::kFloat) : dtype;
+  const bool is_double = target.scalar_type() == at::kDouble ||
+                         (at::isFloatingType(target.scalar_type()) && weight.has_value() && weight->defined() &&
+                          weight->scalar_type() == at::kDouble);  // probabilities promote the loss to float64
+  return !dtype.has_value() && half && !is_double ? OptionalDtype(at::kFloat) : dtype;
 }
 
 OptionalTensor cast_weight(const OptionalTensor& weight, c10::DeviceType device) {
@@ -31,7 +35,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
                              .findSchemaOrThrow("nllx::cross_entropy", "")
                              .typed<decltype(cross_entropy<device>)>();
   return op.call(logits, target, cast_weight(weight, device), reduction, ignore_index, label_smoothing,
-                 float32_loss(logits, target, dtype));
+                 float32_loss(logits, target, weight, dtype));
 }
 
 template <c10::DeviceType device>
@@ -41,14 +45,14 @@ Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTen
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nllx::nll_loss", "").typed<decltype(nll_loss<device>)>();
   return op.call(log_probs, target, cast_weight(weight, device), reduction, ignore_index,
-                 float32_loss(log_probs, target, dtype));
+                 float32_loss(log_probs, target, weight, dtype));
 }
 
 Tensor log_softmax_cuda(const Tensor& input, int64_t dim, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(c10::kCUDA));
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nllx::log_softmax", "").typed<decltype(log_softmax_cuda)>();
-  return op.call(input, dim, float32_loss(input, input, dtype));
+  return op.call(input, dim, float32_loss(input, input, std::nullopt, dtype));
 }
 
 }  // namespace

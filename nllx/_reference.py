@@ -51,7 +51,10 @@ def _rows(
     a = present * (1 - label_smoothing)
     if label_smoothing > 0:
         a = a + torch.where(valid, one * (label_smoothing / classes), zero)
-    return a, valid, present.sum()
+    divisor = present.sum()
+    if label_smoothing > 0:  # torch adds the mean of the targets' own terms, 0 / 0 where they all weigh nothing
+        divisor = torch.where(divisor == 0, divisor.new_full([], torch.nan), divisor)
+    return a, valid, divisor
 
 
 def _reduce(rows: Tensor, divisor: Tensor, reduction: int) -> Tensor:

@@ -32,7 +32,9 @@ def test_capability(capability: str) -> None:
     assert chosen.stdout.strip() == capability
     tests = [f"{_TESTS}/test_values.py::test_value", f"{_TESTS}/test_gradients.py::test_gradient"]
     tests += [f"{_TESTS}/test_determinism.py::test_number_of_threads"]
-    run = _python(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or threads", *tests)
+    run = _python(
+        capability, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "cpu or threads", *tests
+    )
     assert run.returncode == 0, run.stdout[-5000:]
 
 

@@ -589,3 +589,13 @@ def test_no_warnings(recwarn: pytest.WarningsRecorder) -> None:
     ):
         answer(build(case), N)
     assert not recwarn.list
+
+
+def test_autocast_with_float64_weights_and_probabilities() -> None:
+    """The loss is promoted to float64, as torch's is, and not asked for in float32."""
+    logits, target, weight = torch.randn(3, 5), torch.rand(3, 5), torch.rand(5, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = nllx.functional.cross_entropy(logits.bfloat16(), target.bfloat16(), weight)
+        theirs = torch.nn.functional.cross_entropy(logits.bfloat16(), target.bfloat16(), weight)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -246,7 +246,10 @@ NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, in
                            const ClassTerms<acc, P>& terms, TileSums<acc>& s) {
   const acc lowest = -static_cast<acc>(__builtin_inf());
   const int64_t block = classes_per_block<T>();
-  alignas(64) acc before[kTile];
+  // The sums of a block are added to the others' once: thousands of additions in acc, one class after another, would
+  // lose digits. The mass of uniform coefficients is one number for all rows.
+  alignas(64) acc before[kTile], sum[kTile], dot[kTile], mass[kTile];
+  double uniform_mass = 0;
   NLLX_FOR_VECTORS(i, k, width) {
     store(s.max + i, broadcast(lowest));
     store(s.sum + i, Vec<acc>{});
@@ -266,21 +269,38 @@ NLLX_INLINE void tile_sums(const T* x, int64_t class_stride, int64_t classes, in
       const Vec<acc> shift =
           select(first, Vec<acc>{}, old_max - new_max);  // nothing has been summed before the first finite one
       store(s.sum + i, load(s.sum + i) * exp_vec(shift));
-      if constexpr (kTerms != Terms::kNone) store(s.dot + i, load(s.dot + i) + load(s.mass + i) * shift);
+      if constexpr (kTerms == Terms::kUniform) {
+        store(s.dot + i, load(s.dot + i) + static_cast<acc>(uniform_mass) * shift);
+      }
+      if constexpr (kTerms == Terms::kProbabilities) store(s.dot + i, load(s.dot + i) + load(s.mass + i) * shift);
+      store(sum + i, Vec<acc>{});
+      store(dot + i, Vec<acc>{});
+      store(mass + i, Vec<acc>{});
     }
     for (int64_t c = start; c < end; ++c) {
       const T* plane = x + c * class_stride;
       NLLX_FOR_VECTORS(i, k, width) {
         const Vec<acc> m = load(s.max + i);
         const Vec<acc> v = load_some(plane + i, k, lowest) - select(m == lowest, Vec<acc>{}, m);
-        store(s.sum + i, load(s.sum + i) + exp_vec(v));
+        store(sum + i, load(sum + i) + exp_vec(v));
         if constexpr (kTerms != Terms::kNone) {
           const Vec<acc> a = tile_coefficients<kTerms>(terms, c, i, k);
-          store(s.dot + i, load(s.dot + i) + weighted_vec<acc>(a, v));
-          store(s.mass + i, load(s.mass + i) + a);
+          store(dot + i, load(dot + i) + weighted_vec<acc>(a, v));
+          if constexpr (kTerms == Terms::kProbabilities) store(mass + i, load(mass + i) + a);
         }
       }
+      if constexpr (kTerms == Terms::kUniform) {
+        uniform_mass += static_cast<double>(terms.uniform) * (terms.weight ? static_cast<double>(terms.weight[c]) : 1.);
+      }
     }
+    NLLX_FOR_VECTORS(i, k, width) {
+      store(s.sum + i, load(s.sum + i) + load(sum + i));
+      if constexpr (kTerms != Terms::kNone) store(s.dot + i, load(s.dot + i) + load(dot + i));
+      if constexpr (kTerms == Terms::kProbabilities) store(s.mass + i, load(s.mass + i) + load(mass + i));
+    }
+  }
+  if constexpr (kTerms == Terms::kUniform) {
+    NLLX_FOR_VECTORS(i, k, width) { store(s.mass + i, broadcast(static_cast<acc>(uniform_mass))); }
   }
 }
 
@@ -449,9 +469,14 @@ NLLX_INLINE void cross_entropy_backward_tile(const CrossEntropyBackward& p, int6
   constexpr bool kExact = sizeof(X) == sizeof(acc);  // the gradient can be completed after it is stored
   const int64_t classes = p.extent.classes;
   if constexpr (kTerms == Terms::kProbabilities) {
+    alignas(64) acc block[kTile];
     NLLX_FOR_VECTORS(i, k, width) { store(s.mass + i, Vec<acc>{}); }
-    for (int64_t c = 0; c < classes; ++c) {
-      NLLX_FOR_VECTORS(i, k, width) { store(s.mass + i, load(s.mass + i) + tile_coefficients<kTerms>(terms, c, i, k)); }
+    for (int64_t start = 0; start < classes; start += 64) {  // as in tile_sums
+      NLLX_FOR_VECTORS(i, k, width) { store(block + i, Vec<acc>{}); }
+      for (int64_t c = start; c < classes && c < start + 64; ++c) {
+        NLLX_FOR_VECTORS(i, k, width) { store(block + i, load(block + i) + tile_coefficients<kTerms>(terms, c, i, k)); }
+      }
+      NLLX_FOR_VECTORS(i, k, width) { store(s.mass + i, load(s.mass + i) + load(block + i)); }
     }
   }
   for (int i = 0; i < width; ++i) {

@@ -36,7 +36,7 @@ void raise_if_bad(const ChunkResult& result, const LossArguments& a, const LossP
 // The mean over nothing is NaN, as torch has it.
 void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
             Tensor& total_weight) {
-  const double weight = loss.probabilities_given ? loss.probability_rows() : result.weight;
+  const double weight = loss.probabilities_given ? loss.probability_rows() : index_divisor(loss.targets, result.weight);
   set_scalar(total_weight, weight);
   if (static_cast<Reduction>(reduction) == Reduction::kSum) set_scalar(loss_tensor, result.loss);
   if (static_cast<Reduction>(reduction) == Reduction::kMean) set_scalar(loss_tensor, result.loss / weight);

@@ -131,21 +131,27 @@ template <typename T, bool kTerms>
 __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_column(const T* x, int64_t stride,
                                                                              int64_t classes, const ClassTerms<T>& a) {
   using acc = typename AccOf<T>::type;
-  constexpr int kAtOnce = 8;  // loads in flight
+  constexpr int kAtOnce = 8;      // loads in flight
+  constexpr int64_t kBlock = 64;  // classes that are added in acc one after another; blocks are merged
   RowState<acc> s = RowState<acc>::empty();
-  int64_t c = 0;
-  for (; c + kAtOnce <= classes; c += kAtOnce) {
-    acc values[kAtOnce];
+  for (int64_t start = 0; start < classes; start += kBlock) {
+    const int64_t end = classes - start < kBlock ? classes : start + kBlock;
+    RowState<acc> block = RowState<acc>::empty();
+    int64_t c = start;
+    for (; c + kAtOnce <= end; c += kAtOnce) {
+      acc values[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) values[j] = to_acc(x[(c + j) * stride]);
-    acc m = values[0];
+      for (int j = 0; j < kAtOnce; ++j) values[j] = to_acc(x[(c + j) * stride]);
+      acc m = values[0];
 #pragma unroll
-    for (int j = 1; j < kAtOnce; ++j) m = values[j] > m || m != m ? values[j] : m;
-    s.raise_max(m);
+      for (int j = 1; j < kAtOnce; ++j) m = values[j] > m || m != m ? values[j] : m;
+      block.raise_max(m);
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) s.template add_below_max<kTerms>(values[j], kTerms ? a(c + j) : acc(0));
+      for (int j = 0; j < kAtOnce; ++j) block.template add_below_max<kTerms>(values[j], kTerms ? a(c + j) : acc(0));
+    }
+    for (; c < end; ++c) block.template add<kTerms>(to_acc(x[c * stride]), kTerms ? a(c) : acc(0));
+    s.merge(block);
   }
-  for (; c < classes; ++c) s.template add<kTerms>(to_acc(x[c * stride]), kTerms ? a(c) : acc(0));
   return s;
 }
 
@@ -166,6 +172,8 @@ __global__ void __launch_bounds__(256, 1) cross_entropy_forward_planes_kernel(Cr
       const ClassTerms<T> a(p.targets, p.extent.classes, outer, inner);
       s = has_terms(p.targets) ? state_of_column<T, true>(x, p.logits_strides.classes, p.extent.classes, a)
                                : state_of_column<T, false>(x, p.logits_strides.classes, p.extent.classes, a);
+      // Equal coefficients, added one after another, would be rounded in one direction; their sum is known.
+      if (p.targets.index && has_terms(p.targets)) s.mass = a.uniform_mass(p.targets, p.extent.classes);
     }
     finish_row<T>(p, row, s, y, x, bad);
   }

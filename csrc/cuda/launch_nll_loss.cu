@@ -41,7 +41,7 @@ cudaError_t launch_loss_reduction(const LossReduction& r, const Extent& extent, 
     CUDA_LAUNCH((loss_partials_kernel<T>), grid_of(partials), block_of(kReductionThreads), 0, stream, r, extent,
                 targets, row_loss, row_loss_is_acc);
     if (partials > 1)
-      CUDA_LAUNCH((loss_total_kernel<T>), grid_of(1), block_of(kReductionThreads), 0, stream, r, partials);
+      CUDA_LAUNCH((loss_total_kernel<T>), grid_of(1), block_of(kReductionThreads), 0, stream, r, targets, partials);
   });
   return cudaGetLastError();
 }

@@ -55,8 +55,10 @@ __global__ void __launch_bounds__(256, 1)
 }
 
 template <typename T>
-__device__ __forceinline__ void finish_reduction(const LossReduction& r, double loss, double weight) {
+__device__ __forceinline__ void finish_reduction(const LossReduction& r, const Targets& targets, double loss,
+                                                 double weight) {
   using acc = typename AccOf<T>::type;
+  if (targets.index) weight = index_divisor(targets, weight);
   *static_cast<acc*>(r.total_weight) = static_cast<acc>(weight);
   if (r.reduction == Reduction::kNone) return;
   const double value = r.reduction == Reduction::kMean ? loss / weight : loss;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(512, 1)
   weight = sum_in_block(weight, scratch);
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
-    finish_reduction<T>(r, loss, weight);
+    finish_reduction<T>(r, targets, loss, weight);
   } else {
     r.partials[2 * blockIdx.x] = loss;
     r.partials[2 * blockIdx.x + 1] = weight;
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(512, 1)
 
 // The partial sums by one block, in fixed order.
 template <typename T>
-__global__ void __launch_bounds__(512, 1) loss_total_kernel(LossReduction r, int64_t partials) {
+__global__ void __launch_bounds__(512, 1) loss_total_kernel(LossReduction r, Targets targets, int64_t partials) {
   SHARED_ARRAY(double, scratch, 32);
   double loss = 0, weight = 0;
   for (int64_t i = threadIdx.x; i < partials; i += blockDim.x) {
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(512, 1) loss_total_kernel(LossReduction r, int
   }
   loss = sum_in_block(loss, scratch);
   weight = sum_in_block(weight, scratch);
-  if (threadIdx.x == 0) finish_reduction<T>(r, loss, weight);
+  if (threadIdx.x == 0) finish_reduction<T>(r, targets, loss, weight);
 }
 
 // The classes of a target as int64, zero where ignored or out of range.
