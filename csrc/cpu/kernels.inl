@@ -457,6 +457,7 @@ struct TileGradient {
   // at_target: with elements of type acc, what comes off the gradient at the target; else the gradient there.
   alignas(64) acc max[kTile], log_sum[kTile], k[kTile], ka[kTile], mass[kTile], at_target[kTile];
   alignas(64) typename VecOf<acc>::integer valid[kTile];
+  int64_t target[kTile];  // checked; read once, since another thread of the program may write the target meanwhile
 };
 
 // As cross_entropy_forward_tile; `grad` may be `x`.
@@ -485,6 +486,7 @@ NLLX_INLINE void cross_entropy_backward_tile(const CrossEntropyBackward& p, int6
     if (y.bad) note_bad_target(result, row + i);
     const bool valid = !y.ignored && !y.bad;
     s.valid[i] = valid ? -1 : 0;
+    s.target[i] = y.index;
     if (!valid) continue;
     const acc k = incoming_gradient<acc>(p.grad_output, p.grad_output_stride, p.total_weight, row + i);
     const RowStats<acc> stats = static_cast<const RowStats<acc>*>(p.row_stats)[row + i];
@@ -524,7 +526,7 @@ NLLX_INLINE void cross_entropy_backward_tile(const CrossEntropyBackward& p, int6
   if constexpr (kTerms != Terms::kProbabilities) {
     for (int i = 0; i < width; ++i) {
       if (!s.valid[i]) continue;
-      X& at_target = grad[load_index(p.targets.index, p.targets.index_type, row + i) * grad_stride + i];
+      X& at_target = grad[s.target[i] * grad_stride + i];
       if constexpr (kExact) {
         at_target -= s.at_target[i];
       } else {

@@ -51,6 +51,8 @@ void raise_pending_bad_target() {
   for (auto& slot : records) {
     BadTarget* record = slot.load(std::memory_order_acquire);
     if (!record || !*const_cast<volatile int*>(&record->ready)) continue;
+    const std::lock_guard<std::mutex> lock(mutex);  // one thread takes it, before a kernel may write the next
+    if (!*const_cast<volatile int*>(&record->ready)) continue;
     std::atomic_thread_fence(std::memory_order_acquire);
     const BadTarget bad = *record;
     record->ready = 0;
