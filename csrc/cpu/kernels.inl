@@ -81,7 +81,8 @@ NLLX_INLINE acc block_max(const T* x, int64_t n) {
 template <Terms kTerms, typename T, typename acc, typename P>
 NLLX_INLINE RowSums<acc> row_sums(const T* row, int64_t classes, const ClassTerms<acc, P>& terms) {
   constexpr int L = kLanes<acc>;
-  constexpr int64_t kBlock = kBlockBytes / static_cast<int64_t>(sizeof(T));
+  // Equal coefficients are rounded in one direction when they are added, so few are before the double takes their sum.
+  constexpr int64_t kBlock = kTerms == Terms::kNone ? kBlockBytes / static_cast<int64_t>(sizeof(T)) : 64 * kLanes<acc>;
   const acc lowest = -static_cast<acc>(__builtin_inf());
   RowSums<acc> s;
   for (int64_t start = 0; start < classes; start += kBlock) {
