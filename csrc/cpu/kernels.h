@@ -13,19 +13,34 @@ struct ChunkResult {
   int64_t bad_target = -1;  // the first row whose index names no class
 };
 
-// Partition of a problem into chunks. Units are rows (Layout::kRows) or tiles of up to kTile neighbouring rows of one
-// plane.
+// Sums over a segment of a row, see rows.inl.
+struct RowPart {
+  double max, sum, dot, mass;
+};
+
+// Partition of a problem into chunks. Units are rows (Layout::kRows), segments of rows where the rows are few and long, or
+// tiles of up to kTile neighbouring rows of one plane.
 struct Chunks {
   static constexpr int64_t kTile = 512;            // neighbouring rows of a plane that a kernel takes at a time
   static constexpr int64_t kElements = 16 * 1024;  // logits in a chunk, if a unit is smaller: some 5 µs of work
+  static constexpr int64_t kRowGroup = 64;         // rows of few classes are taken in groups of this many
+  static constexpr int64_t kSegment = 16 * 1024;   // classes; a row is always summed in segments, in a fixed order
+  static constexpr int64_t kFewRows = 64;          // with fewer, segments of a row go to different threads
 
   int64_t units, units_per_chunk, count, elements_per_chunk;
+  int64_t segments = 1;  // units in a row
+  bool stream = false;   // results go past the caches
 
-  Chunks(const Extent& extent, Layout layout) {
-    const int64_t width = layout == Layout::kRows ? 1 : (extent.inner < kTile ? extent.inner : kTile);
-    units = layout == Layout::kRows ? extent.rows() : extent.outer * tiles_per_plane(extent);
-    const int64_t unit_elements = extent.classes * width > 0 ? extent.classes * width : 1;
+  Chunks(const Extent& extent, Layout layout, bool split_rows = false) {
+    const bool rows = layout == Layout::kRows;
+    if (rows && split_rows && extent.rows() < kFewRows) segments = (extent.classes + kSegment - 1) / kSegment;
+    if (segments < 1) segments = 1;
+    const int64_t width = rows ? 1 : (extent.inner < kTile ? extent.inner : kTile);
+    units = rows ? extent.rows() * segments : extent.outer * tiles_per_plane(extent);
+    int64_t unit_elements = segments > 1 ? kSegment : extent.classes * width;
+    if (unit_elements < 1) unit_elements = 1;
     units_per_chunk = kElements / unit_elements > 0 ? kElements / unit_elements : 1;
+    if (rows && units_per_chunk > kRowGroup) units_per_chunk = units_per_chunk / kRowGroup * kRowGroup;
     count = (units + units_per_chunk - 1) / units_per_chunk;
     elements_per_chunk = unit_elements * units_per_chunk;
   }
@@ -43,8 +58,14 @@ struct CpuKernels {
   template <typename Problem>
   using MapKernel = void (*)(const Problem&, const Chunks&, int64_t chunk);
 
-  // Indexed by FloatType of the logits.
+  using SegmentKernel = void (*)(const CrossEntropyForward&, const Chunks&, int64_t unit, RowPart&);
+  using MergeKernel = void (*)(const CrossEntropyForward&, int64_t row, const RowPart*, int64_t count, ChunkResult&);
+
+  // Indexed by FloatType of the logits. Where rows are split, the forward is the segment kernel for each unit, then the
+  // merge kernel for each row.
   LossKernel<CrossEntropyForward> cross_entropy_forward[4];
+  SegmentKernel cross_entropy_forward_segment[4];
+  MergeKernel cross_entropy_forward_merge[4];
   LossKernel<CrossEntropyBackward> cross_entropy_backward[4];
   LossKernel<NllLossForward> nll_loss_forward[4];
   LossKernel<NllLossBackward> nll_loss_backward[4];

@@ -1,6 +1,5 @@
 // CPU entries of cross_entropy and nll_loss: checks, problem, chunks, kernel, reduction.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -8,6 +7,7 @@
 #include "../online_softmax.h"
 #include "../ops.h"
 #include "capability.h"
+#include "large_memory.h"
 #include "parallel.h"
 
 namespace nllx {
@@ -26,11 +26,36 @@ void set_scalar(Tensor& t, double value) {
   }
 }
 
+// With fewer classes the target's place, written after the row, would bring much of it back from memory.
+constexpr int64_t kStreamedRow = 256;
+
 void raise_if_bad(const ChunkResult& result, const LossArguments& a, const LossProblem& loss) {
   if (result.bad_target < 0) return;
   raise_bad_target(a.op, a.target.sizes(), result.bad_target,
                    load_index(loss.targets.index, loss.targets.index_type, result.bad_target),
                    a.input.size(loss.class_dim), a.ignore_index);
+}
+
+ChunkResult run_forward(const CrossEntropyForward& p, int type) {
+  const CpuKernels& kernels = *cpu_capability().kernels;
+  const Chunks chunks(p.extent, p.layout, /*split_rows=*/true);
+  if (chunks.segments == 1) {
+    return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
+      kernels.cross_entropy_forward[type](p, chunks, chunk, r);
+    });
+  }
+  std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
+  for_each_chunk(chunks, [&](int64_t chunk) {
+    for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+      kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
+    }
+  });
+  ChunkResult total;
+  for (int64_t row = 0; row < p.extent.rows(); ++row) {
+    kernels.cross_entropy_forward_merge[type](p, row, &parts[static_cast<size_t>(row * chunks.segments)],
+                                              chunks.segments, total);
+  }
+  return total;
 }
 
 // The mean over nothing is NaN, as torch has it.
@@ -70,9 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
     if (static_cast<Reduction>(reduction) == Reduction::kNone) p.row_loss = result.mutable_data_ptr();
     p.row_loss_is_acc = loss.loss_is_acc();
     p.row_stats = row_stats.mutable_data_ptr();
-    const Chunks chunks(p.extent, p.layout);
-    const auto kernel = cpu_capability().kernels->cross_entropy_forward[static_cast<int>(loss.float_type())];
-    total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
+    total = run_forward(p, static_cast<int>(loss.float_type()));
     raise_if_bad(total, args, loss);
   }
   reduce(total, loss, reduction, result, total_weight);
@@ -89,7 +112,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& logit
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
   check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), logits);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, logits);
-  Tensor grad = at::empty_like(loss.input);
+  Tensor grad = empty_like_large(loss.input);
   if (loss.rows() == 0) return grad.to(logits.scalar_type());
   Tensor computed = grad;
   const Arrays arrays = share_layout(loss, &computed);
@@ -103,7 +126,8 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& logit
   if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
   p.grad_logits = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
-  const Chunks chunks(p.extent, p.layout);
+  Chunks chunks(p.extent, p.layout, /*split_rows=*/!loss.probabilities_given);
+  chunks.stream = is_streamed(computed) && p.grad_logits != p.logits;
   const auto kernel = cpu_capability().kernels->cross_entropy_backward[static_cast<int>(loss.float_type())];
   raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
                loss);
@@ -146,7 +170,7 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   NllLossBackward p;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, log_probs);
-  Tensor grad = at::empty_like(log_probs);
+  Tensor grad = empty_like_large(log_probs);
   if (loss.rows() == 0) return grad;
   Tensor computed = grad;
   const Arrays arrays = writable_arrays(computed, loss.class_dim);  // the input itself is not read
@@ -156,7 +180,8 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
-  const Chunks chunks(p.extent, p.layout);
+  Chunks chunks(p.extent, p.layout);
+  chunks.stream = is_streamed(computed) && (p.layout == Layout::kPlanes || p.extent.classes >= kStreamedRow);
   const auto kernel = cpu_capability().kernels->nll_loss_backward[static_cast<int>(loss.float_type())];
   raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
                loss);

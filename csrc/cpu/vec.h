@@ -11,6 +11,8 @@
 
 #if NLLX_VECTOR_BYTES > 16
 #include <immintrin.h>
+#elif defined(__x86_64__) || defined(_M_X64)
+#include <emmintrin.h>
 #endif
 
 #define NLLX_INLINE static inline __attribute__((always_inline))
@@ -121,6 +123,26 @@ using Mask = typename VecOf<acc>::mask;
 template <typename acc>
 constexpr int kLanes = NLLX_VECTOR_BYTES / static_cast<int>(sizeof(acc));
 
+template <typename V>
+struct MaskOf;
+template <>
+struct MaskOf<Vec<float>> {
+  typedef Mask<float> type;
+};
+template <>
+struct MaskOf<Vec<double>> {
+  typedef Mask<double> type;
+};
+// The numbers 0 to n - 1 as template arguments; std::integer_sequence would be a template of the standard library.
+template <int... kLane>
+struct Lanes {};
+template <int n, int... kLane>
+struct LanesTo : LanesTo<n - 1, n - 1, kLane...> {};
+template <int... kLane>
+struct LanesTo<0, kLane...> {
+  using type = Lanes<kLane...>;
+};
+
 typedef uint16_t vec_u16 __attribute__((vector_size(NLLX_VECTOR_BYTES / 2)));
 typedef uint32_t vec_u32 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
 
@@ -205,7 +227,89 @@ NLLX_INLINE void store_first(float* p, Vec<float> v, int n) {
 NLLX_INLINE void store_first(double* p, Vec<double> v, int n) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes16(n)), bit_cast<__m512d>(v));
 }
+template <typename half>
+NLLX_INLINE Vec<float> load_first_halves(const half* p, int n, float fill) {
+  const __mmask16 first = first_lanes16(n);
+  half lanes[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(first, p));
+  return bit_cast<Vec<float>>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first, bit_cast<__m512>(load(lanes))));
+}
+NLLX_INLINE Vec<float> load_first(const bfloat16* p, int n, float fill) { return load_first_halves(p, n, fill); }
+NLLX_INLINE Vec<float> load_first(const float16* p, int n, float fill) { return load_first_halves(p, n, fill); }
+template <typename half>
+NLLX_INLINE void store_first_halves(half* p, Vec<float> v, int n) {
+  half lanes[16];
+  store(lanes, v);
+  _mm256_mask_storeu_epi16(p, first_lanes16(n), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+NLLX_INLINE void store_first(bfloat16* p, Vec<float> v, int n) { store_first_halves(p, v, n); }
+NLLX_INLINE void store_first(float16* p, Vec<float> v, int n) { store_first_halves(p, v, n); }
 #endif
+
+// ---- streaming: past the caches, for results that will not be read soon ----
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define NLLX_HAS_STREAMING 1
+#endif
+
+// p is a multiple of the vector's bytes in memory (half the vector for half precision).
+template <typename T>
+NLLX_INLINE void stream(T* p, Vec<typename AccOf<T>::type> v) {
+#if NLLX_HAS_STREAMING
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes<typename AccOf<T>::type>;
+  alignas(64) unsigned char bytes[kBytes];
+  store(reinterpret_cast<T*>(bytes), v);
+#if NLLX_VECTOR_BYTES == 64
+  if constexpr (kBytes == 64) {
+    __m512i w;
+    memcpy(&w, bytes, sizeof w);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), w);
+    return;
+  }
+#endif
+#if NLLX_VECTOR_BYTES >= 32
+  if constexpr (kBytes == 32) {
+    __m256i w;
+    memcpy(&w, bytes, sizeof w);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), w);
+    return;
+  }
+#endif
+  if constexpr (kBytes == 16) {
+    __m128i w;
+    memcpy(&w, bytes, sizeof w);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), w);
+    return;
+  }
+  if constexpr (kBytes < 16) memcpy(p, bytes, kBytes);  // a store of half a vector of 16 bytes does not stream
+#else
+  store(p, v);
+#endif
+}
+// Streamed stores are ordered with what follows only by a fence.
+NLLX_INLINE void end_stream() {
+#if NLLX_HAS_STREAMING
+  _mm_sfence();
+#endif
+}
+template <typename T>
+NLLX_INLINE void prefetch(const T* p) {  // any address will do
+  __builtin_prefetch(p, 0, 3);
+}
+
+// The first n lanes; all of them with one instruction.
+template <typename T, typename acc>
+NLLX_INLINE Vec<acc> load_some(const T* p, int n, acc fill) {
+  return n == kLanes<acc> ? load(p) : load_first(p, n, fill);
+}
+template <typename T>
+NLLX_INLINE void store_some(T* p, Vec<typename AccOf<T>::type> v, int n) {
+  if (n == kLanes<typename AccOf<T>::type>) {
+    store(p, v);
+  } else {
+    store_first(p, v, n);
+  }
+}
 
 template <typename acc>
 NLLX_INLINE Mask<acc> first_lanes(int n) {
@@ -230,6 +334,42 @@ NLLX_INLINE Vec<float> max_not_nan(Vec<float> a, Vec<float> b) {  // vmaxps give
 }
 #endif
 
+// ---- a square of lanes, transposed ----
+
+// Lanes of a and b by number, b's from kLanes on.
+template <int... kLane, typename V>
+NLLX_INLINE V pick(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  typedef typename MaskOf<V>::type M;
+  return __builtin_shuffle(a, b, M{kLane...});
+#endif
+}
+// Exchanges the off-diagonal blocks of `kStep` lanes between vectors i and i + kStep.
+template <int kStep, int... kLane, typename V>
+NLLX_INLINE void exchange(V& a, V& b, Lanes<kLane...>) {
+  constexpr int L = static_cast<int>(sizeof...(kLane));
+  const V low = pick<((kLane & kStep) ? L + kLane - kStep : kLane)...>(a, b);
+  const V high = pick<((kLane & kStep) ? L + kLane : kLane + kStep)...>(a, b);
+  a = low;
+  b = high;
+}
+template <int kStep, typename acc>
+NLLX_INLINE void transpose_steps(Vec<acc>* v) {
+  if constexpr (kStep > 0) {
+    for (int i = 0; i < kLanes<acc>; ++i) {
+      if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], typename LanesTo<kLanes<acc>>::type{});
+    }
+    transpose_steps<kStep / 2, acc>(v);
+  }
+}
+// v[i][j] becomes v[j][i].
+template <typename acc>
+NLLX_INLINE void transpose(Vec<acc>* v) {
+  transpose_steps<kLanes<acc> / 2, acc>(v);
+}
+
 template <typename acc>
 NLLX_INLINE acc largest_lane(Vec<acc> v) {
   acc lanes[kLanes<acc>];
@@ -250,41 +390,36 @@ NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
   return lanes[0];
 }
 
-// exp(x) for x ≤ 88 (float) or 709 (double): x = n ln 2 + r with |r| ≤ ln(2) / 2, a polynomial in r, and 2^n put into
-// the exponent bits. Below the smallest normal number the result is zero, for -inf too; NaN stays NaN. The constants of
-// the float version are those of Cephes expf (S. L. Moshier), error below 1 ulp in r; the double version is the Taylor
-// series to r^13, whose remainder is below 2^-57.
+// exp(x) for x ≤ 88 (float) or 709 (double); zero below -87.3 (AVX-512: denormal, then zero), for -inf too; NaN stays NaN.
+//
+// The float version is 2^n 2^f with n the integer nearest to x log2 e and f in [-½, ½] the rest, and a polynomial of
+// degree 5 for 2^f, fitted here: it minimises the largest relative error under p(0) = 1, so that exp(0) is 1 exactly and
+// the loss of a row that one class dominates is exact too. Its own error is at most 9.1e-8; rounding log2 e to float adds
+// 1.4e-8 |x|. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder is below 2^-57.
 NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
+  const float log2_e = 1.44269504f;
 #if NLLX_VECTOR_BYTES == 64
-  // vscalef multiplies by 2^n whatever n is, so that nothing has to be cut off below but -inf; vmaxps gives back a NaN
-  // in its second operand.
-  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-104.f), bit_cast<__m512>(x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.9875691500e-4f), _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
-  return bit_cast<Vec<float>>(_mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.f)), n));
+  // vmaxps gives its second operand where that is NaN; the limit keeps -inf - -inf out of f. vscalef multiplies by 2^n
+  // whatever n is.
+  const Vec<float> v = bit_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(-104.f), bit_cast<__m512>(x)));
+  const Vec<float> n = bit_cast<Vec<float>>(
+      _mm512_roundscale_ps(bit_cast<__m512>(v * log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const float lowest = -87.33654f;
   const Mask<float> flushed = x < lowest;
-  x = select(flushed, broadcast(lowest), x);
-  const Vec<float> shifted =
-      x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
+  const Vec<float> v = select(flushed, broadcast(lowest), x);
+  const Vec<float> shifted = v * log2_e + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
   const Vec<float> n = shifted - 12582912.f;
-  Vec<float> r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
+#endif
+  const Vec<float> f = v * log2_e - n;
+  Vec<float> p = f * 1.326472731e-3f + 9.671512991e-3f;
+  p = p * f + 5.550733581e-2f;
+  p = p * f + 2.402224243e-1f;
+  p = p * f + 6.931470037e-1f;
+  p = p * f + 1.f;
+#if NLLX_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
   const Vec<float> power = bit_cast<Vec<float>>((bit_cast<vec_u32>(shifted) << 23) + 0x3f800000u);
   return select(flushed, Vec<float>{}, p * power);
 #endif

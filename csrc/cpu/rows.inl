@@ -1,0 +1,334 @@
+// Cross entropy where the classes of a row are adjacent in memory: vectors run over the classes.
+//
+// Forward: a row is read once. Its first block is looked through twice while it is in the first-level cache, for its
+// maximum and for the sum of exponentials; every further block once, with the maximum so far as the reference and its own
+// maximum found on the way, so that arithmetic and the loads from memory overlap. Only where that is more than 1 above the
+// reference, which would cost digits, the block is summed again with its own. Backward: read once, written once.
+
+template <typename acc>
+struct RowSums {
+  acc max = kLowest<acc>;
+  double sum = 0;   // Σ exp(x - max)
+  double dot = 0;   // Σ a (x - max)
+  double mass = 0;  // Σ a
+
+  void refer_to(acc new_max) {
+    const double shift = static_cast<double>(finite_max(max)) - static_cast<double>(finite_max(new_max));
+    if (!is_minus_infinity(max)) sum *= exp(shift);  // else it is zero, or NaN
+    dot += mass * shift;
+    max = new_max;
+  }
+  RowStats<acc> stats() const { return {finite_max(max), static_cast<acc>(log(sum))}; }
+};
+
+template <typename acc>
+NLLX_INLINE RowSums<acc> merged(RowSums<acc> a, RowSums<acc> b) {
+  if (a.max > b.max) {
+    b.refer_to(a.max);
+  } else if (b.max > a.max) {
+    a.refer_to(b.max);
+  }
+  return {a.max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass};
+}
+
+// Terms that a lane adds in acc before the sum of the lanes is added to a double: equal numbers are rounded in one
+// direction when they are added.
+constexpr int64_t kTermsPerLane = 64;
+
+// The coefficients of kLanes classes from c on, of which the first n exist.
+template <Terms kTerms, typename acc, typename P>
+NLLX_INLINE Vec<acc> row_coefficients(const ClassTerms<acc, P>& t, int64_t c, int n) {
+  Vec<acc> a = broadcast(t.uniform);
+  if constexpr (kTerms == Terms::kProbabilities) a += t.scale * load_some(t.probabilities + c, n, acc(0));
+  if (kTerms == Terms::kWeighted || (kTerms == Terms::kProbabilities && t.weight)) a *= load_some(t.weight + c, n, acc(0));
+  return n == kLanes<acc> ? a : select(first_lanes<acc>(n), a, Vec<acc>{});
+}
+
+template <typename T, typename acc>
+NLLX_INLINE acc block_max(const T* x, int64_t n) {
+  constexpr int L = kLanes<acc>;
+  Vec<acc> m[4];
+  for (int u = 0; u < 4; ++u) m[u] = broadcast(kLowest<acc>);
+  int64_t c = 0;
+  for (; c + 4 * L <= n; c += 4 * L) {
+    for (int u = 0; u < 4; ++u) m[u] = max_not_nan(m[u], load(x + c + u * L));
+  }
+  for (; c + L <= n; c += L) m[0] = max_not_nan(m[0], load(x + c));
+  if (c < n) m[1] = max_not_nan(m[1], load_first(x + c, static_cast<int>(n - c), kLowest<acc>));
+  return largest_lane<acc>(max_not_nan(max_not_nan(m[0], m[1]), max_not_nan(m[2], m[3])));
+}
+
+// The sums of n classes from `start` on with the reference `shift`; their maximum too with kMax. Prefetches what lies
+// `ahead` elements further.
+template <Terms kTerms, bool kMax, typename T, typename acc, typename P>
+NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int64_t ahead, acc reference,
+                                    const ClassTerms<acc, P>& terms) {
+  constexpr int L = kLanes<acc>, U = kTerms == Terms::kNone ? 4 : 2;
+  const T* x = row + start;
+  const Vec<acc> shift = broadcast(reference);
+  Vec<acc> sum[U], dot[U], mass[U], max[U];
+  for (int u = 0; u < U; ++u) {
+    sum[u] = dot[u] = mass[u] = Vec<acc>{};
+    max[u] = shift;
+  }
+  const auto add = [&](int u, int64_t c, int k) __attribute__((always_inline)) {
+    const Vec<acc> logit = load_some(x + c, k, kLowest<acc>), v = logit - shift;
+    if constexpr (kMax) {
+      max[u] = max_not_nan(max[u], logit);
+    } else {
+      prefetch(x + c + ahead);
+    }
+    sum[u] += exp_vec(v);
+    if constexpr (kTerms == Terms::kUniform) {
+      dot[u] += k == L ? v : select(first_lanes<acc>(k), v, Vec<acc>{});
+    } else if constexpr (kTerms != Terms::kNone) {
+      const Vec<acc> a = row_coefficients<kTerms>(terms, start + c, k);
+      dot[u] += weighted_vec<acc>(a, v);
+      mass[u] += a;
+    }
+  };
+  int64_t c = 0;
+  for (; c + U * L <= n; c += U * L) {
+    for (int u = 0; u < U; ++u) add(u, c + u * L, L);
+  }
+  for (; c < n; c += L) add(0, c, n - c < L ? static_cast<int>(n - c) : L);
+
+  RowSums<acc> result;
+  for (int u = 1; u < U; ++u) {
+    sum[0] += sum[u];
+    dot[0] += dot[u];
+    mass[0] += mass[u];
+    max[0] = max_not_nan(max[0], max[u]);
+  }
+  result.sum = sum_of_lanes<acc>(sum[0]);
+  if constexpr (kMax) result.max = largest_lane<acc>(max[0]);
+  if constexpr (kTerms == Terms::kUniform) {
+    result.dot = static_cast<double>(terms.uniform) * sum_of_lanes<acc>(dot[0]);
+    result.mass = static_cast<double>(terms.uniform) * static_cast<double>(n);
+  } else if constexpr (kTerms != Terms::kNone) {
+    result.dot = sum_of_lanes<acc>(dot[0]);
+    result.mass = sum_of_lanes<acc>(mass[0]);
+  }
+  return result;
+}
+
+// The sums of the classes from begin to end; `ahead`: to the same place of the next row.
+template <Terms kTerms, typename T, typename acc, typename P>
+NLLX_INLINE RowSums<acc> segment_sums(const T* row, int64_t begin, int64_t end, int64_t ahead,
+                                      const ClassTerms<acc, P>& terms) {
+  constexpr int64_t kBlock = kTermsPerLane * kLanes<acc> * (kTerms == Terms::kNone ? 4 : 2), kFirstBlock = kBlock / 4;
+  RowSums<acc> s;
+  acc reference = kLowest<acc>, max = kLowest<acc>;
+  int64_t n = end - begin < kFirstBlock ? end - begin : kFirstBlock;
+  if (ahead > kFirstBlock || ahead < -kFirstBlock) ahead = kFirstBlock;
+  for (int64_t start = begin; start < end; start += n, n = end - start < kBlock ? end - start : kBlock) {
+    RowSums<acc> block;
+    acc block_maximum;
+    bool summed = false;
+    if (is_minus_infinity(reference)) {  // the first block, or nothing but -inf so far
+      block_maximum = block_max<T, acc>(row + start, n);
+    } else {
+      block = block_sums<kTerms, true, T, acc, P>(row, start, n, ahead, reference, terms);
+      block_maximum = block.max;
+      summed = !(block_maximum > reference + acc(1));
+    }
+    if (!summed) {
+      s.max = reference;
+      s.refer_to(block_maximum);
+      reference = block_maximum;
+      block = block_sums<kTerms, false, T, acc, P>(row, start, n, ahead, finite_max(reference), terms);
+    }
+    max = block_maximum > max ? block_maximum : max;
+    s.sum += block.sum;
+    s.dot += block.dot;
+    s.mass += block.mass;
+  }
+  s.max = reference;
+  if (max > reference) s.refer_to(max);
+  return s;
+}
+
+template <Terms kTerms, typename T, typename acc, typename P>
+NLLX_INLINE RowSums<acc> row_sums(const T* row, int64_t classes, int64_t ahead, const ClassTerms<acc, P>& terms) {
+  RowSums<acc> s;
+  for (int64_t begin = 0; begin < classes; begin += Chunks::kSegment) {
+    const int64_t end = classes - begin < Chunks::kSegment ? classes : begin + Chunks::kSegment;
+    const RowSums<acc> segment = segment_sums<kTerms, T, acc, P>(row, begin, end, ahead, terms);
+    s = begin == 0 ? segment : merged(s, segment);
+  }
+  return s;
+}
+
+// The loss of a row from its parts. `target_logit` is x_y - m.
+template <Terms kTerms, typename acc>
+NLLX_INLINE acc row_loss_of(acc weight, acc scale, acc target_logit, const RowSums<acc>& s, acc log_sum) {
+  acc loss = 0;
+  if constexpr (kTerms != Terms::kProbabilities) loss = -weighted(scale * weight, target_logit - log_sum);
+  if constexpr (kTerms != Terms::kNone) loss += static_cast<acc>(s.mass) * log_sum - static_cast<acc>(s.dot);
+  return loss;
+}
+
+template <typename T, Terms kTerms, typename P>
+NLLX_INLINE void finish_forward_row(const CrossEntropyForward& p, int64_t row, const T* x,
+                                    const IndexTarget<typename AccOf<T>::type>& y,
+                                    const ClassTerms<typename AccOf<T>::type, P>& terms,
+                                    const RowSums<typename AccOf<T>::type>& s, ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  const RowStats<acc> stats = s.stats();
+  const acc target_logit = kTerms == Terms::kProbabilities ? acc(0) : to_acc(x[y.index]) - stats.max;
+  const acc loss = row_loss_of<kTerms>(y.weight, terms.scale, target_logit, s, stats.log_sum);
+  result.loss += static_cast<double>(loss);
+  result.weight += static_cast<double>(y.weight);
+  store_row_loss<T>(p.row_loss, p.row_loss_is_acc, row, loss);
+  static_cast<RowStats<acc>*>(p.row_stats)[row] = stats;
+}
+
+// What the target says of a row; true if the row counts, else its loss and statistics are zero.
+template <typename T, Terms kTerms>
+NLLX_INLINE bool begin_forward_row(const CrossEntropyForward& p, int64_t row,
+                                   IndexTarget<typename AccOf<T>::type>& y, ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  y = {0, false, false, acc(1)};
+  if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, p.extent.classes, row);
+  if (y.bad) note_bad_target(result, row);
+  if (!y.ignored && !y.bad) return true;
+  store_row_loss<T>(p.row_loss, p.row_loss_is_acc, row, acc(0));
+  static_cast<RowStats<acc>*>(p.row_stats)[row] = {0, 0};
+  return false;
+}
+
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_forward_rows(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
+                                ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  const int64_t ahead = row_step(p.extent, p.logits_strides);
+  for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+    IndexTarget<acc> y;
+    if (!begin_forward_row<T, kTerms>(p, row, y, result)) continue;
+    const Row r = row_of(p.extent, row);
+    const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
+    const RowSums<acc> s = row_sums<kTerms, T, acc, P>(x, p.extent.classes, ahead, terms);
+    finish_forward_row<T, kTerms, P>(p, row, x, y, terms, s, result);
+  }
+}
+
+// Few long rows: a unit is a segment of a row, and its sums are merged by the kernel below.
+template <typename T, Terms kTerms, typename P>
+void sum_row_segment(const CrossEntropyForward& p, const Chunks& chunks, int64_t unit, RowPart& part) {
+  using acc = typename AccOf<T>::type;
+  const int64_t row = unit / chunks.segments, begin = (unit - row * chunks.segments) * Chunks::kSegment;
+  const int64_t end = p.extent.classes - begin < Chunks::kSegment ? p.extent.classes : begin + Chunks::kSegment;
+  const Row r = row_of(p.extent, row);
+  const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+  const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
+  const RowSums<acc> s = segment_sums<kTerms, T, acc, P>(x, begin, end, end - begin, terms);
+  part = {static_cast<double>(s.max), s.sum, s.dot, s.mass};
+}
+
+template <typename T, Terms kTerms, typename P>
+void merge_row_segments(const CrossEntropyForward& p, int64_t row, const RowPart* parts, int64_t count,
+                                 ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  IndexTarget<acc> y;
+  if (!begin_forward_row<T, kTerms>(p, row, y, result)) return;
+  const Row r = row_of(p.extent, row);
+  const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+  const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
+  RowSums<acc> s;
+  for (int64_t i = 0; i < count; ++i) {
+    const RowSums<acc> part{static_cast<acc>(parts[i].max), parts[i].sum, parts[i].dot, parts[i].mass};
+    s = i == 0 ? part : merged(s, part);
+  }
+  finish_forward_row<T, kTerms, P>(p, row, x, y, terms, s, result);
+}
+
+// ---- backward ----
+
+// Σ a_c of probabilities.
+template <typename acc, typename P>
+NLLX_INLINE acc probability_mass(const ClassTerms<acc, P>& terms, int64_t classes) {
+  constexpr int L = kLanes<acc>;
+  double sum = 0;
+  for (int64_t start = 0; start < classes; start += kTermsPerLane * L) {
+    const int64_t end = classes - start < kTermsPerLane * L ? classes : start + kTermsPerLane * L;
+    Vec<acc> block{};
+    for (int64_t c = start; c < end; c += L) {
+      block += row_coefficients<Terms::kProbabilities>(terms, c, end - c < L ? static_cast<int>(end - c) : L);
+    }
+    sum += sum_of_lanes<acc>(block);
+  }
+  return static_cast<acc>(sum);
+}
+
+// gradient_c = factor exp(x_c - m) - k a_c for the classes from begin to end.
+template <Terms kTerms, bool kStream, typename T, typename acc, typename P>
+NLLX_INLINE void gradient_of_segment(const T* x, T* grad, int64_t begin, int64_t end, acc max, acc factor, acc k,
+                                     const ClassTerms<acc, P>& terms) {
+  const Vec<acc> m = broadcast(max), f = broadcast(factor), incoming = broadcast(k);
+  const Vec<acc> uniform = broadcast(k * terms.uniform);
+  write_row<kStream>(grad, begin, end, [&](int64_t c, int n) __attribute__((always_inline)) {
+    Vec<acc> g = f * exp_vec(load_some(x + c, n, acc(0)) - m);
+    if constexpr (kTerms == Terms::kUniform) {
+      g -= uniform;
+    } else if constexpr (kTerms == Terms::kWeighted) {
+      g -= uniform * load_some(terms.weight + c, n, acc(0));
+    } else if constexpr (kTerms == Terms::kProbabilities) {
+      g -= incoming * row_coefficients<kTerms>(terms, c, n);
+    }
+    return g;
+  });
+}
+
+template <typename T, Terms kTerms, typename P>
+NLLX_INLINE void backward_row(const CrossEntropyBackward& p, bool stream, int64_t row, int64_t begin, int64_t end,
+                              ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  const int64_t classes = p.extent.classes;
+  const Row r = row_of(p.extent, row);
+  const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+  T* grad = static_cast<T*>(p.grad_logits) + r.offset(p.grad_strides);
+  IndexTarget<acc> y{0, false, false, acc(0)};
+  if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, classes, row);
+  if (y.bad) note_bad_target(result, row);
+  if (y.ignored || y.bad) {
+    memset(grad + begin, 0, sizeof(T) * static_cast<size_t>(end - begin));
+    return;
+  }
+  const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
+  const acc k = incoming_gradient<acc>(p.grad_output, p.grad_output_stride, p.total_weight, row);
+  const acc target_term = kTerms == Terms::kProbabilities ? acc(0) : terms.scale * y.weight;
+  const acc mass = kTerms == Terms::kProbabilities ? probability_mass(terms, classes)
+                                                   : target_term + smoothing_mass<kTerms>(p.targets, terms, classes);
+  const RowStats<acc> stats = static_cast<const RowStats<acc>*>(p.row_stats)[row];
+  // k A exp(x - lse): the part that is the same for the whole row is one factor.
+  const acc factor = static_cast<acc>(static_cast<double>(k * mass) * exp(-static_cast<double>(stats.log_sum)));
+  const bool has_target = kTerms != Terms::kProbabilities && y.index >= begin && y.index < end;
+  // The value at the target is made from the logit before the row is written: the gradient may lie over the logits.
+  acc at_target = 0;
+  if (has_target) {
+    at_target = factor * exp_vec(broadcast(to_acc(x[y.index]) - stats.max))[0] -
+                k * (target_term + smoothing_term<kTerms>(terms, y.index));
+  }
+  if (stream) {
+    gradient_of_segment<kTerms, true, T, acc, P>(x, grad, begin, end, stats.max, factor, k, terms);
+  } else {
+    gradient_of_segment<kTerms, false, T, acc, P>(x, grad, begin, end, stats.max, factor, k, terms);
+  }
+  if (has_target) grad[y.index] = from_acc<T>(at_target);
+}
+
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_backward_rows(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
+                                 ChunkResult& result) {
+  for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+    if (chunks.segments == 1) {
+      backward_row<T, kTerms, P>(p, chunks.stream, unit, 0, p.extent.classes, result);
+    } else {
+      const int64_t row = unit / chunks.segments, begin = (unit - row * chunks.segments) * Chunks::kSegment;
+      const int64_t end = p.extent.classes - begin < Chunks::kSegment ? p.extent.classes : begin + Chunks::kSegment;
+      backward_row<T, kTerms, P>(p, chunks.stream, row, begin, end, result);
+    }
+  }
+  if (chunks.stream) end_stream();
+}
