@@ -101,9 +101,9 @@ NLLX_INLINE void read_targets(const Targets& t, int64_t classes, int64_t row, in
                               ChunkResult& result) {
   int64_t uncounted = 0;
   switch (t.index_type) {
-#define NLLX_READ(kType, type)                                                                                      \
-  case IndexType::kType:                                                                                            \
-    uncounted = read_indices(static_cast<const type*>(t.index) + row, width, t.ignore_index, classes, s.index);     \
+#define NLLX_READ(kType, type)                                                                                  \
+  case IndexType::kType:                                                                                        \
+    uncounted = read_indices(static_cast<const type*>(t.index) + row, width, t.ignore_index, classes, s.index); \
     break;
     NLLX_READ(kInt64, int64_t)
     NLLX_READ(kInt32, int32_t)

@@ -18,8 +18,8 @@ struct RowPart {
   double max, sum, dot, mass;
 };
 
-// Partition of a problem into chunks. Units are rows (Layout::kRows), segments of rows where the rows are few and long, or
-// tiles of up to kTile neighbouring rows of one plane.
+// Partition of a problem into chunks. Units are rows (Layout::kRows), segments of rows where the rows are few and long,
+// or tiles of up to kTile neighbouring rows of one plane.
 struct Chunks {
   static constexpr int64_t kTile = 512;            // neighbouring rows of a plane that a kernel takes at a time
   static constexpr int64_t kElements = 16 * 1024;  // logits in a chunk, if a unit is smaller: some 5 µs of work

@@ -59,7 +59,7 @@ void cross_entropy_forward_merge(const CrossEntropyForward& p, int64_t row, cons
                                  ChunkResult& result) {
   with_instance<T>(p.targets, [&](auto instance) {
     merge_row_segments<T, decltype(instance)::kTerms, typename decltype(instance)::Probability>(p, row, parts, count,
-                                                                                               result);
+                                                                                                result);
   });
 }
 template <typename T>
@@ -81,10 +81,14 @@ void cross_entropy_backward(const CrossEntropyBackward& p, const Chunks& chunks,
 
 #define NLLX_PER_TYPE(kernel) {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}
 const CpuKernels kernels = {
-    NLLX_PER_TYPE(cross_entropy_forward),       NLLX_PER_TYPE(cross_entropy_forward_segment),
-    NLLX_PER_TYPE(cross_entropy_forward_merge), NLLX_PER_TYPE(cross_entropy_backward),
-    NLLX_PER_TYPE(nll_loss_forward),            NLLX_PER_TYPE(nll_loss_backward),
-    NLLX_PER_TYPE(log_softmax_forward),         NLLX_PER_TYPE(log_softmax_backward),
+    NLLX_PER_TYPE(cross_entropy_forward),
+    NLLX_PER_TYPE(cross_entropy_forward_segment),
+    NLLX_PER_TYPE(cross_entropy_forward_merge),
+    NLLX_PER_TYPE(cross_entropy_backward),
+    NLLX_PER_TYPE(nll_loss_forward),
+    NLLX_PER_TYPE(nll_loss_backward),
+    NLLX_PER_TYPE(log_softmax_forward),
+    NLLX_PER_TYPE(log_softmax_backward),
 };
 #undef NLLX_PER_TYPE
 

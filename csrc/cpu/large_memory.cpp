@@ -92,8 +92,8 @@ class LargeMemory final : public c10::Allocator {
     keep_ = !(keep && std::strcmp(keep, "0") == 0);
   }
 
-  // The smallest kept block that holds `bytes` and is not more than twice as large. Where there is none, blocks are given
-  // back until the new one fits into what lived at once before.
+  // The smallest kept block that holds `bytes` and is not more than twice as large. Where there is none, blocks are
+  // given back until the new one fits into what lived at once before.
   Block take(size_t bytes) {
     std::vector<Block> dropped;
     Block found{nullptr, 0};

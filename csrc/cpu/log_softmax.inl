@@ -8,12 +8,10 @@ void log_softmax_forward_rows(const LogSoftmaxForward& p, const Chunks& chunks, 
     const Row r = row_of(p.extent, row);
     const T* x = static_cast<const T*>(p.input) + r.offset(p.input_strides);
     T* y = static_cast<T*>(p.output) + r.offset(p.output_strides);
-    const RowStats<acc> s =
-        row_sums<Terms::kNone, T, acc, T>(x, p.extent.classes, ahead, ClassTerms<acc, T>{}).stats();
+    const RowStats<acc> s = row_sums<Terms::kNone, T, acc, T>(x, p.extent.classes, ahead, ClassTerms<acc, T>{}).stats();
     const Vec<acc> m = broadcast(s.max), log_sum = broadcast(s.log_sum);
-    const auto value = [&](int64_t c, int n) __attribute__((always_inline)) {
-      return (load_some(x + c, n, acc(0)) - m) - log_sum;
-    };
+    const auto value = [&](int64_t c, int n)
+                           __attribute__((always_inline)) { return (load_some(x + c, n, acc(0)) - m) - log_sum; };
     if (chunks.stream) {
       write_row<true>(y, 0, p.extent.classes, value);
     } else {

@@ -40,9 +40,8 @@ ChunkResult run_forward(const CrossEntropyForward& p, int type) {
   const CpuKernels& kernels = *cpu_capability().kernels;
   const Chunks chunks(p.extent, p.layout, /*split_rows=*/true);
   if (chunks.segments == 1) {
-    return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
-      kernels.cross_entropy_forward[type](p, chunks, chunk, r);
-    });
+    return sum_over_chunks(
+        chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
   }
   std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
   for_each_chunk(chunks, [&](int64_t chunk) {

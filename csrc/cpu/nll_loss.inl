@@ -67,8 +67,7 @@ void nll_loss_backward_planes(const NllLossBackward& p, const Chunks& chunks, in
       NLLX_FOR_VECTORS(i, k, tile.width) {
         Mask<acc> index;
         memcpy(&index, targets.index + i, sizeof index);
-        const Vec<acc> g =
-            select(index == static_cast<typename VecOf<acc>::integer>(c), load(value + i), Vec<acc>{});
+        const Vec<acc> g = select(index == static_cast<typename VecOf<acc>::integer>(c), load(value + i), Vec<acc>{});
         if (stream_planes && k == kLanes<acc>) {
           stream(to + i, g);
         } else {

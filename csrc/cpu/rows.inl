@@ -1,9 +1,10 @@
 // Cross entropy where the classes of a row are adjacent in memory: vectors run over the classes.
 //
 // Forward: a row is read once. Its first block is looked through twice while it is in the first-level cache, for its
-// maximum and for the sum of exponentials; every further block once, with the maximum so far as the reference and its own
-// maximum found on the way, so that arithmetic and the loads from memory overlap. Only where that is more than 1 above the
-// reference, which would cost digits, the block is summed again with its own. Backward: read once, written once.
+// maximum and for the sum of exponentials; every further block once, with the maximum so far as the reference and its
+// own maximum found on the way, so that arithmetic and the loads from memory overlap. Only where that is more than 1
+// above the reference, which would cost digits, the block is summed again with its own. Backward: read once, written
+// once.
 
 template <typename acc>
 struct RowSums {
@@ -40,7 +41,8 @@ template <Terms kTerms, typename acc, typename P>
 NLLX_INLINE Vec<acc> row_coefficients(const ClassTerms<acc, P>& t, int64_t c, int n) {
   Vec<acc> a = broadcast(t.uniform);
   if constexpr (kTerms == Terms::kProbabilities) a += t.scale * load_some(t.probabilities + c, n, acc(0));
-  if (kTerms == Terms::kWeighted || (kTerms == Terms::kProbabilities && t.weight)) a *= load_some(t.weight + c, n, acc(0));
+  if (kTerms == Terms::kWeighted || (kTerms == Terms::kProbabilities && t.weight))
+    a *= load_some(t.weight + c, n, acc(0));
   return n == kLanes<acc> ? a : select(first_lanes<acc>(n), a, Vec<acc>{});
 }
 
@@ -185,8 +187,8 @@ NLLX_INLINE void finish_forward_row(const CrossEntropyForward& p, int64_t row, c
 
 // What the target says of a row; true if the row counts, else its loss and statistics are zero.
 template <typename T, Terms kTerms>
-NLLX_INLINE bool begin_forward_row(const CrossEntropyForward& p, int64_t row,
-                                   IndexTarget<typename AccOf<T>::type>& y, ChunkResult& result) {
+NLLX_INLINE bool begin_forward_row(const CrossEntropyForward& p, int64_t row, IndexTarget<typename AccOf<T>::type>& y,
+                                   ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   y = {0, false, false, acc(1)};
   if constexpr (kTerms != Terms::kProbabilities) y = index_target<acc>(p.targets, p.extent.classes, row);
@@ -228,7 +230,7 @@ void sum_row_segment(const CrossEntropyForward& p, const Chunks& chunks, int64_t
 
 template <typename T, Terms kTerms, typename P>
 void merge_row_segments(const CrossEntropyForward& p, int64_t row, const RowPart* parts, int64_t count,
-                                 ChunkResult& result) {
+                        ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   IndexTarget<acc> y;
   if (!begin_forward_row<T, kTerms>(p, row, y, result)) return;

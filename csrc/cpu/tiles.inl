@@ -1,9 +1,9 @@
-// Cross entropy where vectors run over neighbouring rows: planes, and rows of so few classes that they would fill vectors
-// badly, which are transposed on the way into the first-level cache.
+// Cross entropy where vectors run over neighbouring rows: planes, and rows of so few classes that they would fill
+// vectors badly, which are transposed on the way into the first-level cache.
 //
-// A tile is up to kTile neighbouring rows; it is taken in groups of up to kGroupVectors vectors of rows, whose sums stay in
-// registers while the classes go by. The classes of a group are read in blocks that stay in the first-level cache: once
-// for the maximum, once for the sum of exponentials, during which the next group's are prefetched.
+// A tile is up to kTile neighbouring rows; it is taken in groups of up to kGroupVectors vectors of rows, whose sums
+// stay in registers while the classes go by. The classes of a group are read in blocks that stay in the first-level
+// cache: once for the maximum, once for the sum of exponentials, during which the next group's are prefetched.
 
 constexpr int kGroupVectors = 4;
 template <typename acc>
@@ -128,7 +128,8 @@ NLLX_INLINE void finish_forward_tile(const CrossEntropyForward& p, int64_t row, 
   NLLX_FOR_VECTORS(i, k, width) {
     const Vec<acc> log_sum = log_vec(load(s.sum + i)), max = load(s.max + i);
     Vec<acc> l{};
-    if constexpr (kIndex) l = -weighted_vec<acc>(scale * load(targets.weight + i), (load(target_logits + i) - max) - log_sum);
+    if constexpr (kIndex)
+      l = -weighted_vec<acc>(scale * load(targets.weight + i), (load(target_logits + i) - max) - log_sum);
     if constexpr (kTerms != Terms::kNone) l += load(s.mass + i) * log_sum - load(s.dot + i);
     if constexpr (kIndex) {
       Mask<acc> counts;
@@ -215,8 +216,10 @@ NLLX_INLINE void begin_backward_tile(const CrossEntropyBackward& p, int64_t row,
   }
 }
 
-// The gradient of V vectors of rows from i on, the last one of k lanes; it may lie over the logits. kAll: all rows count.
-template <Terms kTerms, int V, bool kAll, bool kStream, bool kPrefetch, typename X, typename T, typename acc, typename P>
+// The gradient of V vectors of rows from i on, the last one of k lanes; it may lie over the logits. kAll: all rows
+// count.
+template <Terms kTerms, int V, bool kAll, bool kStream, bool kPrefetch, typename X, typename T, typename acc,
+          typename P>
 NLLX_INLINE void group_gradient(const X* x, int64_t stride, int64_t classes, int i, int k,
                                 const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
                                 const TileGradient<acc>& s, T* grad, int64_t grad_stride) {
@@ -234,8 +237,7 @@ NLLX_INLINE void group_gradient(const X* x, int64_t stride, int64_t classes, int
   for (int64_t c = 0; c < classes; ++c) {
     for (int v = 0; v < V; ++v) {
       if constexpr (V > 1 && kPrefetch) prefetch(x + c * stride + i + (V + v) * L);
-      const Vec<acc> logit =
-          V == 1 ? load_some(x + c * stride + i, k, acc(0)) : load(x + c * stride + i + v * L);
+      const Vec<acc> logit = V == 1 ? load_some(x + c * stride + i, k, acc(0)) : load(x + c * stride + i + v * L);
       Vec<acc> g = factor[v] * exp_vec(logit - max[v]);
       if constexpr (kIndex) {
         g -= select(index[v] == static_cast<typename VecOf<acc>::integer>(c), at_target[v], Vec<acc>{});
@@ -261,12 +263,14 @@ NLLX_INLINE void tile_gradient(const X* x, int64_t stride, int64_t classes, int 
   if (kTerms == Terms::kProbabilities || targets.all_count) {
     for_each_group<acc>(width, [&](auto count, int i, int k) __attribute__((always_inline)) {
       constexpr int V = decltype(count)::value;
-      group_gradient<kTerms, V, true, kStream, kPrefetch>(x, stride, classes, i, k, terms, targets, s, grad, grad_stride);
+      group_gradient<kTerms, V, true, kStream, kPrefetch>(x, stride, classes, i, k, terms, targets, s, grad,
+                                                          grad_stride);
     });
   } else {
     for_each_group<acc>(width, [&](auto count, int i, int k) __attribute__((always_inline)) {
       constexpr int V = decltype(count)::value;
-      group_gradient<kTerms, V, false, kStream, kPrefetch>(x, stride, classes, i, k, terms, targets, s, grad, grad_stride);
+      group_gradient<kTerms, V, false, kStream, kPrefetch>(x, stride, classes, i, k, terms, targets, s, grad,
+                                                           grad_stride);
     });
   }
 }
@@ -362,19 +366,21 @@ void cross_entropy_forward_few_classes(const CrossEntropyForward& p, const Chunk
   const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, 0, 0);
   const int64_t row_stride = row_step(p.extent, p.logits_strides);
   const int classes = static_cast<int>(p.extent.classes);
-  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>, [&](int64_t row, const Row& r, int width) {
-    const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
-    rows_to_tile(x, row_stride, classes, width, tile);
-    for_each_group<acc>(width, [&](auto count, int i, int) __attribute__((always_inline)) {
-      constexpr int V = decltype(count)::value;
-      group_sums<kTerms, V, false, acc, acc, P>(tile, kGroup<acc>, classes, i, kLanes<acc>, terms, s);
-    });
-    read_targets(p.targets, classes, row, width, targets, result);
-    for (int i = 0; i < width; ++i) {
-      target_logits[i] = tile[(targets.index[i] < 0 ? 0 : static_cast<int64_t>(targets.index[i])) * kGroup<acc> + i];
-    }
-    finish_forward_tile<T, kTerms>(p, row, width, terms.scale, targets, target_logits, s, result);
-  });
+  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>,
+               [&](int64_t row, const Row& r, int width) {
+                 const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+                 rows_to_tile(x, row_stride, classes, width, tile);
+                 for_each_group<acc>(width, [&](auto count, int i, int) __attribute__((always_inline)) {
+                   constexpr int V = decltype(count)::value;
+                   group_sums<kTerms, V, false, acc, acc, P>(tile, kGroup<acc>, classes, i, kLanes<acc>, terms, s);
+                 });
+                 read_targets(p.targets, classes, row, width, targets, result);
+                 for (int i = 0; i < width; ++i) {
+                   target_logits[i] =
+                       tile[(targets.index[i] < 0 ? 0 : static_cast<int64_t>(targets.index[i])) * kGroup<acc> + i];
+                 }
+                 finish_forward_tile<T, kTerms>(p, row, width, terms.scale, targets, target_logits, s, result);
+               });
 }
 
 template <typename T, Terms kTerms, typename P>
@@ -388,14 +394,15 @@ void cross_entropy_backward_few_classes(const CrossEntropyBackward& p, const Chu
   const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, 0, 0);
   const int64_t row_stride = row_step(p.extent, p.logits_strides), grad_stride = row_step(p.extent, p.grad_strides);
   const int classes = static_cast<int>(p.extent.classes);
-  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>, [&](int64_t row, const Row& r, int width) {
-    const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
-    T* grad = static_cast<T*>(p.grad_logits) + r.offset(p.grad_strides);
-    rows_to_tile(x, row_stride, classes, width, tile);
-    read_targets(p.targets, classes, row, width, targets, result);
-    begin_backward_tile<kTerms>(p, row, width, terms, targets, s);
-    tile_gradient<kTerms, false, false>(static_cast<const acc*>(tile), kGroup<acc>, classes, width, terms, targets, s, tile,
-                                 kGroup<acc>);
-    tile_to_rows(static_cast<const acc*>(tile), grad, grad_stride, classes, width);
-  });
+  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>,
+               [&](int64_t row, const Row& r, int width) {
+                 const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+                 T* grad = static_cast<T*>(p.grad_logits) + r.offset(p.grad_strides);
+                 rows_to_tile(x, row_stride, classes, width, tile);
+                 read_targets(p.targets, classes, row, width, targets, result);
+                 begin_backward_tile<kTerms>(p, row, width, terms, targets, s);
+                 tile_gradient<kTerms, false, false>(static_cast<const acc*>(tile), kGroup<acc>, classes, width, terms,
+                                                     targets, s, tile, kGroup<acc>);
+                 tile_to_rows(static_cast<const acc*>(tile), grad, grad_stride, classes, width);
+               });
 }

@@ -390,12 +390,14 @@ NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
   return lanes[0];
 }
 
-// exp(x) for x ≤ 88 (float) or 709 (double); zero below -87.3 (AVX-512: denormal, then zero), for -inf too; NaN stays NaN.
+// exp(x) for x ≤ 88 (float) or 709 (double); zero below -87.3 (AVX-512: denormal, then zero), for -inf too; NaN stays
+// NaN.
 //
 // The float version is 2^n 2^f with n the integer nearest to x log2 e and f in [-½, ½] the rest, and a polynomial of
-// degree 5 for 2^f, fitted here: it minimises the largest relative error under p(0) = 1, so that exp(0) is 1 exactly and
-// the loss of a row that one class dominates is exact too. Its own error is at most 9.1e-8; rounding log2 e to float adds
-// 1.4e-8 |x|. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder is below 2^-57.
+// degree 5 for 2^f, fitted here: it minimises the largest relative error under p(0) = 1, so that exp(0) is 1 exactly
+// and the loss of a row that one class dominates is exact too. Its own error is at most 9.1e-8; rounding log2 e to
+// float adds 1.4e-8 |x|. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder is
+// below 2^-57.
 NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
   const float log2_e = 1.44269504f;
 #if NLLX_VECTOR_BYTES == 64
