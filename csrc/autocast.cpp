@@ -12,14 +12,14 @@ using at::Tensor;
 
 namespace {
 
+bool is_half(const Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
+
 OptionalDtype float32_loss(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                            OptionalDtype dtype) {
-  const at::ScalarType t = input.scalar_type();
-  const bool half = t == at::kHalf || t == at::kBFloat16;
   const bool is_double = target.scalar_type() == at::kDouble ||
                          (at::isFloatingType(target.scalar_type()) && weight.has_value() && weight->defined() &&
                           weight->scalar_type() == at::kDouble);  // probabilities promote the loss to float64
-  return !dtype.has_value() && half && !is_double ? OptionalDtype(at::kFloat) : dtype;
+  return !dtype.has_value() && is_half(input) && !is_double ? OptionalDtype(at::kFloat) : dtype;
 }
 
 OptionalTensor cast_weight(const OptionalTensor& weight, c10::DeviceType device) {
@@ -29,7 +29,7 @@ OptionalTensor cast_weight(const OptionalTensor& weight, c10::DeviceType device)
 
 template <c10::DeviceType device>
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, OptionalDtype dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("nllx::cross_entropy", "")
@@ -40,7 +40,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
 
 template <c10::DeviceType device>
 Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                int64_t ignore_index, OptionalDtype dtype) {
+                c10::SymInt ignore_index, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nllx::nll_loss", "").typed<decltype(nll_loss<device>)>();
@@ -52,7 +52,42 @@ Tensor log_softmax_cuda(const Tensor& input, int64_t dim, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(c10::kCUDA));
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nllx::log_softmax", "").typed<decltype(log_softmax_cuda)>();
-  return op.call(input, dim, float32_loss(input, input, std::nullopt, dtype));
+  return op.call(input, dim, !dtype.has_value() && is_half(input) ? OptionalDtype(at::kFloat) : dtype);
+}
+
+bool enabled(c10::DeviceType device) {
+  return (device == c10::kCPU || device == c10::kCUDA) && at::autocast::is_autocast_enabled(device);
+}
+
+// functorch's front mode comes before autocast, so it applies autocast itself. Then the losses are their forward
+// operator's first output: CompositeImplicitAutograd would run the C++ autograd function, which functorch cannot
+// differentiate.
+Tensor cross_entropy_functorch(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                               OptionalDtype dtype) {
+  const c10::DeviceType device = logits.device().type();
+  if (enabled(device)) {
+    return (device == c10::kCPU ? cross_entropy<c10::kCPU>
+                                : cross_entropy<c10::kCUDA>)(logits, target, weight, reduction, std::move(ignore_index),
+                                                             label_smoothing, dtype);
+  }
+  return std::get<0>(
+      cross_entropy_forward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype));
+}
+
+Tensor nll_loss_functorch(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
+                          int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype) {
+  const c10::DeviceType device = log_probs.device().type();
+  if (enabled(device)) {
+    return (device == c10::kCPU ? nll_loss<c10::kCPU> : nll_loss<c10::kCUDA>)(log_probs, target, weight, reduction,
+                                                                              std::move(ignore_index), dtype);
+  }
+  return std::get<0>(nll_loss_forward(log_probs, target, weight, reduction, std::move(ignore_index), dtype));
+}
+
+Tensor log_softmax_functorch(const Tensor& input, int64_t dim, OptionalDtype dtype) {
+  if (input.is_cuda() && enabled(c10::kCUDA)) return log_softmax_cuda(input, dim, dtype);
+  return log_softmax_forward(dtype.has_value() ? input.to(*dtype) : input, dim);
 }
 
 }  // namespace
@@ -65,6 +100,12 @@ TORCH_LIBRARY_IMPL(nllx, AutocastCUDA, m) {
   m.impl("cross_entropy", &cross_entropy<c10::kCUDA>);
   m.impl("nll_loss", &nll_loss<c10::kCUDA>);
   m.impl("log_softmax", &log_softmax_cuda);
+}
+
+TORCH_LIBRARY_IMPL(nllx, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("cross_entropy", &cross_entropy_functorch);
+  m.impl("nll_loss", &nll_loss_functorch);
+  m.impl("log_softmax", &log_softmax_functorch);
 }
 
 }  // namespace nllx

@@ -2,6 +2,8 @@
 // with respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to
 // probability targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -54,7 +56,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                        int64_t reduction, int64_t ignore_index, double label_smoothing, OptionalDtype dtype,
+                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
                         std::tuple<Tensor&, Tensor&> statistics) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [row_stats, total_weight] = statistics;
@@ -74,7 +76,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], saved[4],
-                                       ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt(),
+                                       ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toSymInt(),
                                        ctx->saved_data["label_smoothing"].toDouble());
     return result;
   }
@@ -82,7 +84,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& logits, const Tensor& target,
                                                                   const OptionalTensor& weight, int64_t reduction,
-                                                                  int64_t ignore_index, double label_smoothing,
+                                                                  c10::SymInt ignore_index, double label_smoothing,
                                                                   OptionalDtype dtype) {
   check_weight_gradient("cross_entropy", target, weight);
   if (any_has_tangent(logits, target, weight) || any_requires_grad(target, weight)) {
@@ -103,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
 
 Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
                                        const OptionalTensor& weight, const Tensor& row_stats,
-                                       const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                       const Tensor& total_weight, int64_t reduction, c10::SymInt ignore_index,
                                        double label_smoothing) {
   if (any_has_tangent(grad_output, logits, target, weight) || any_requires_grad(grad_output, logits, target, weight)) {
     static const auto definition = c10::Dispatcher::singleton()
@@ -123,7 +125,7 @@ struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
-                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, OptionalDtype dtype,
+                        const OptionalTensor& weight, int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype,
                         std::tuple<Tensor&> statistics) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [total_weight] = statistics;
@@ -141,14 +143,14 @@ struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     result[0] = nll_loss_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3],
-                                  ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt());
+                                  ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toSymInt());
     return result;
   }
 };
 
 std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, const Tensor& target,
                                                      const OptionalTensor& weight, int64_t reduction,
-                                                     int64_t ignore_index, OptionalDtype dtype) {
+                                                     c10::SymInt ignore_index, OptionalDtype dtype) {
   check_weight_gradient("nll_loss", target, weight);
   if (any_has_tangent(log_probs)) {
     static const auto definition = c10::Dispatcher::singleton()
@@ -168,16 +170,21 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
 
 Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
                                   const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
-                                  int64_t ignore_index) {
-  // Linear in the incoming gradient, constant in the log-probabilities.
+                                  c10::SymInt ignore_index) {
+  // Linear in the incoming gradient.
   if (any_has_tangent(grad_output) || any_requires_grad(grad_output)) {
     static const auto definition = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("nllx::_nll_loss_backward_definition", "")
                                        .typed<decltype(nll_loss_backward)>();
     return definition.call(grad_output, log_probs, target, weight, total_weight, reduction, ignore_index);
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return nll_loss_backward(grad_output, log_probs, target, weight, total_weight, reduction, ignore_index);
+  Tensor grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    grad = nll_loss_backward(grad_output, log_probs, target, weight, total_weight, reduction, ignore_index);
+  }
+  // Constant in the log-probabilities: its derivative is zero, which is not the same as none.
+  return requires_grad(log_probs) ? at::where(at::zeros({}, grad.options().dtype(at::kBool)), log_probs, grad) : grad;
 }
 
 // ---- log_softmax ----

@@ -8,6 +8,30 @@ namespace nllx {
 using at::ScalarType;
 using at::Tensor;
 
+namespace {
+
+template <typename T>
+Tensor sum_in_order(const Tensor& weight, const T* w) {
+  double sum[8] = {};
+  const int64_t n = weight.numel();
+  for (int64_t i = 0; i < n; ++i) sum[i % 8] += static_cast<double>(w[i]);
+  for (int step = 4; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
+  }
+  Tensor result = at::empty({}, weight.options());
+  *result.mutable_data_ptr<T>() = static_cast<T>(sum[0]);
+  return result;
+}
+
+// On the CPU Tensor::sum would add in an order that depends on the number of threads.
+Tensor sum_in_order(const Tensor& weight) {
+  if (!weight.is_cpu()) return weight.sum();
+  return weight.scalar_type() == ScalarType::Double ? sum_in_order(weight, weight.const_data_ptr<double>())
+                                                    : sum_in_order(weight, weight.const_data_ptr<float>());
+}
+
+}  // namespace
+
 int64_t LossProblem::rows() const {
   int64_t n = 1;
   for (const int64_t size : row_sizes) n *= size;
@@ -59,7 +83,7 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
     p.weight = args.weight->to(p.acc_dtype).contiguous();
     t.weight = p.weight.const_data_ptr();
     if (args.label_smoothing > 0) {
-      p.weight_sum = p.weight.sum();
+      p.weight_sum = sum_in_order(p.weight);
       t.weight_sum = p.weight_sum.const_data_ptr();
     }
   }

@@ -18,10 +18,10 @@ TORCH_LIBRARY(nllx, m) {
   // The losses: what users call. `dtype` is that of the loss, by default torch's; float32 keeps the loss of
   // half-precision logits from being rounded to half precision.
   m.def(
-      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "
       "float label_smoothing=0.0, ScalarType? dtype=None) -> Tensor");
   m.def(
-      "nll_loss(Tensor log_probs, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "nll_loss(Tensor log_probs, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "
       "ScalarType? dtype=None) -> Tensor");
   m.def("log_softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor");
 
@@ -30,43 +30,45 @@ TORCH_LIBRARY(nllx, m) {
   // logits, else float32; so is total_weight.
   // total_weight: the divisor of the mean.
   m.def(
-      "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, int "
-      "ignore_index=-100, "
+      "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, "
+      "SymInt ignore_index=-100, "
       "float label_smoothing=0.0, ScalarType? dtype=None) -> (Tensor loss, Tensor row_stats, Tensor total_weight)");
   m.def(
       "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor row_stats, "
-      "Tensor total_weight, int reduction, int ignore_index, float label_smoothing) -> Tensor");
+      "Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing) -> Tensor");
   m.def(
-      "nll_loss_forward(Tensor log_probs, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "nll_loss_forward(Tensor log_probs, Tensor target, Tensor? weight=None, int reduction=1, SymInt "
+      "ignore_index=-100, "
       "ScalarType? dtype=None) -> (Tensor loss, Tensor total_weight)");
   m.def(
       "nll_loss_backward(Tensor grad_output, Tensor log_probs, Tensor target, Tensor? weight, Tensor total_weight, "
-      "int reduction, int ignore_index) -> Tensor");
+      "int reduction, SymInt ignore_index) -> Tensor");
   m.def("log_softmax_forward(Tensor input, int dim) -> Tensor");
   m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor");
 
   // The same six by their definition in differentiable torch operations (nllx/_reference.py): where a gradient of
   // higher order, a forward derivative, or the gradient of probabilities or weights is asked for.
   m.def(
-      "_cross_entropy_forward_definition(Tensor logits, Tensor target, Tensor? weight, int reduction, int "
-      "ignore_index, "
+      "_cross_entropy_forward_definition(Tensor logits, Tensor target, Tensor? weight, int reduction, "
+      "SymInt ignore_index, "
       "float label_smoothing, ScalarType? dtype) -> (Tensor loss, Tensor row_stats, Tensor total_weight)");
   m.def(
       "_cross_entropy_backward_definition(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor "
       "row_stats, "
-      "Tensor total_weight, int reduction, int ignore_index, float label_smoothing) -> Tensor");
+      "Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing) -> Tensor");
   m.def(
-      "_nll_loss_forward_definition(Tensor log_probs, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "_nll_loss_forward_definition(Tensor log_probs, Tensor target, Tensor? weight, int reduction, SymInt "
+      "ignore_index, "
       "ScalarType? dtype) -> (Tensor loss, Tensor total_weight)");
   m.def(
       "_nll_loss_backward_definition(Tensor grad_output, Tensor log_probs, Tensor target, Tensor? weight, "
-      "Tensor total_weight, int reduction, int ignore_index) -> Tensor");
+      "Tensor total_weight, int reduction, SymInt ignore_index) -> Tensor");
   m.def("_log_softmax_forward_definition(Tensor input, int dim) -> Tensor");
   m.def("_log_softmax_backward_definition(Tensor grad_output, Tensor output, int dim) -> Tensor");
 
   // For the definitions: the classes of `target` as int64, 0 where it is ignore_index; IndexError where it is neither.
   // A check that Python made would be removed by torch.compile.
-  m.def("_checked_target(Tensor target, SymInt classes, int ignore_index) -> Tensor");
+  m.def("_checked_target(Tensor target, SymInt classes, SymInt ignore_index, str op) -> Tensor");
 
   // Raises IndexError for a class index out of range that a kernel has met on a GPU and nothing has raised yet.
   m.def("_check_errors() -> ()", [] {
@@ -78,7 +80,7 @@ TORCH_LIBRARY(nllx, m) {
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                          const OptionalTensor& weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing,
+                                                         c10::SymInt ignore_index, double label_smoothing,
                                                          OptionalDtype dtype) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("nllx::cross_entropy_forward", "")
@@ -88,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
 
 Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
                               const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
-                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("nllx::cross_entropy_backward", "")
                              .typed<decltype(cross_entropy_backward)>();
@@ -97,7 +99,7 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, c
 }
 
 std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
-                                            int64_t reduction, int64_t ignore_index, OptionalDtype dtype) {
+                                            int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nllx::nll_loss_forward", "").typed<decltype(nll_loss_forward)>();
   return op.call(log_probs, target, weight, reduction, ignore_index, dtype);
@@ -105,7 +107,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& log_probs, const Tenso
 
 Tensor nll_loss_backward(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
                          const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
-                         int64_t ignore_index) {
+                         c10::SymInt ignore_index) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("nllx::nll_loss_backward", "")
                              .typed<decltype(nll_loss_backward)>();
@@ -129,12 +131,12 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 namespace {
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, OptionalDtype dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype) {
   return std::get<0>(cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype));
 }
 
 Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                int64_t ignore_index, OptionalDtype dtype) {
+                c10::SymInt ignore_index, OptionalDtype dtype) {
   return std::get<0>(nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype));
 }
 
@@ -144,15 +146,7 @@ Tensor log_softmax(const Tensor& input, int64_t dim, OptionalDtype dtype) {
 
 }  // namespace
 
-// The losses are their forward operator's first output, in autograd and functorch alike: functorch's front mode takes
-// the operator before CompositeImplicitAutograd does, and would run the C++ autograd function, which it cannot
-// differentiate.
 TORCH_LIBRARY_IMPL(nllx, CompositeImplicitAutograd, m) {
-  m.impl("cross_entropy", &cross_entropy);
-  m.impl("nll_loss", &nll_loss);
-  m.impl("log_softmax", &log_softmax);
-}
-TORCH_LIBRARY_IMPL(nllx, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("cross_entropy", &cross_entropy);
   m.impl("nll_loss", &nll_loss);
   m.impl("log_softmax", &log_softmax);

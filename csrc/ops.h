@@ -14,18 +14,18 @@ using OptionalDtype = std::optional<at::ScalarType>;
 // Through the dispatcher.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logits, const at::Tensor& target,
                                                                      const OptionalTensor& weight, int64_t reduction,
-                                                                     int64_t ignore_index, double label_smoothing,
+                                                                     c10::SymInt ignore_index, double label_smoothing,
                                                                      OptionalDtype dtype);
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                                   const OptionalTensor& weight, const at::Tensor& row_stats,
-                                  const at::Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                  const at::Tensor& total_weight, int64_t reduction, c10::SymInt ignore_index,
                                   double label_smoothing);
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& log_probs, const at::Tensor& target,
                                                     const OptionalTensor& weight, int64_t reduction,
-                                                    int64_t ignore_index, OptionalDtype dtype);
+                                                    c10::SymInt ignore_index, OptionalDtype dtype);
 at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& log_probs, const at::Tensor& target,
                              const OptionalTensor& weight, const at::Tensor& total_weight, int64_t reduction,
-                             int64_t ignore_index);
+                             c10::SymInt ignore_index);
 at::Tensor log_softmax_forward(const at::Tensor& input, int64_t dim);
 at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim);
 

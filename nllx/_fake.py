@@ -10,6 +10,22 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NONE, _MEAN, _SUM = 0, 1, 2
+_SCALAR_TYPES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.int64: "Long",
+    torch.int32: "Int",
+    torch.int16: "Short",
+    torch.int8: "Char",
+    torch.uint8: "Byte",
+    torch.bool: "Bool",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+}
 
 
 def class_dim(input: Tensor) -> int:
@@ -29,55 +45,144 @@ def row_shape(input: Tensor) -> list[int]:
     return shape
 
 
-def check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool) -> None:
-    """Raises what the kernels raise for shapes, dtypes and devices that do not fit (csrc/checks.cpp)."""
-    if input.dim() == 0:
-        raise (IndexError if op == "cross_entropy" else ValueError)(f"{op}: expected 1 or more dimensions (got 0)")
-    if input.dtype not in (torch.float32, torch.float64, *HALF):
-        raise NotImplementedError(f'"{op}" not implemented for {input.dtype}')
+def check_arguments(
+    op: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+) -> bool:
+    """Raises what the kernels raise for shapes, dtypes, options and devices that do not fit, in their order (csrc/checks.cpp).
+
+    Returns whether the target holds class probabilities.
+    """
+    takes_probabilities = op == "cross_entropy"
+    name = "logits" if takes_probabilities else "log_probs"
+    probabilities = takes_probabilities and is_probabilities(input, target)
     if probabilities:
         torch._check(
             target.is_floating_point(),
-            lambda: f"{op}: Expected floating point type for target with class probabilities, got {target.dtype}",
-        )
-    else:
-        if input.dim() == 1:
-            if target.dim() == 1:
-                torch._check_value(
-                    target.shape[0] == 1,
-                    lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}",
-                )
-            torch._check(
-                target.dim() <= 1, lambda: f"{op}: 0D or 1D target tensor expected, multi-target not supported"
-            )
-        else:
-            batch = target.shape[0] if target.dim() else 0
-            torch._check_value(
-                input.shape[0] == batch,
-                lambda: f"{op}: Expected input batch_size ({input.shape[0]}) to match target batch_size ({batch}).",
-            )
-            expected = row_shape(input)
-            torch._check(
-                target.dim() == len(expected) and list(target.shape) == expected,
-                lambda: f"{op}: Expected target size {expected}, got {list(target.shape)}",
-            )
-        torch._check(
-            target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
             lambda: (
-                f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {target.dtype}; "
-                "call target.long()"
+                f"{op}: Expected floating point type for target with class probabilities, got {_name(target.dtype)}; for "
+                f"one-hot targets call target.argmax({class_dim(input)}) or target.to({name}.dtype)"
             ),
         )
-    check_devices(op, input, target=target, weight=weight)
+    if input.dim() == 0:
+        if takes_probabilities:
+            raise IndexError(f"{op}: Dimension out of range: {name} has no dimension")
+        raise ValueError(f"{op}: Expected 1 or more dimensions (got 0) in {name}")
+    check_dtype(op, input.dtype)
+    if not probabilities:
+        _check_index_target(op, name, input, target)
+    if reduction not in (_NONE, _MEAN, _SUM):
+        raise ValueError(f"{op}: {reduction} is not a valid value for reduction")
+    torch._check(
+        0.0 <= label_smoothing <= 1.0,
+        lambda: f"{op}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}",
+    )
+    if probabilities:
+        torch._check(
+            ignore_index < 0,
+            lambda: (
+                f"{op}: ignore_index is not supported for floating point target, got ignore_index={ignore_index}; give the "
+                "rows to ignore zero probabilities instead"
+            ),
+        )
     if weight is not None:
-        classes = input.shape[class_dim(input)]
+        _check_weight(op, name, input, weight, probabilities)
+    check_devices(op, input, target=target, weight=weight)
+    return probabilities
+
+
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    """Raises for a dtype that has no kernel."""
+    if dtype not in (torch.float32, torch.float64, *HALF):
+        raise NotImplementedError(f'"{op}" not implemented for \'{_name(dtype)}\'')
+
+
+def _name(dtype: torch.dtype) -> str:
+    """The name that messages from C++ have: Float for float32."""
+    return _SCALAR_TYPES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def _check_index_target(op: str, name: str, input: Tensor, target: Tensor) -> None:
+    if input.dim() == 1:
+        if target.dim() == 1:
+            torch._check_value(
+                target.shape[0] == 1, lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}"
+            )
+        torch._check(target.dim() <= 1, lambda: f"{op}: 0D or 1D target tensor expected, multi-target not supported")
+    else:
+        batch = target.shape[0] if target.dim() else 0
+        torch._check_value(
+            input.shape[0] == batch,
+            lambda: f"{op}: Expected input batch_size ({input.shape[0]}) to match target batch_size ({batch}).",
+        )
+        if input.dim() == 2:
+            torch._check(
+                target.dim() == 1,
+                lambda: (
+                    f"{op}: 0D or 1D target tensor expected, multi-target not supported; {name} has shape "
+                    f"{list(input.shape)}, target has shape {list(target.shape)}"
+                ),
+            )
+        if input.dim() == 4:
+            torch._check(
+                target.dim() == 3,
+                lambda: (
+                    f"{op}: only batches of spatial targets supported (3D tensors) but got targets of dimension: "
+                    f"{target.dim()}. {name} has shape {list(input.shape)}, expected target size {row_shape(input)}"
+                ),
+            )
+        expected = row_shape(input)
         torch._check(
-            weight.numel() == classes,
+            target.dim() == len(expected) and list(target.shape) == expected,
             lambda: (
-                f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
-                f"tensor of shape: {list(weight.shape)}"
+                f"{op}: size mismatch (got input: {list(input.shape)} , target: {list(target.shape)}). "
+                f"Expected target size {expected}, got {list(target.shape)}"
             ),
         )
+    torch._check(
+        target.dtype in INDICES,
+        lambda: (
+            f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {_name(target.dtype)}: target has "
+            f"dtype {_name(target.dtype)} and the shape of class indices; call target.long()"
+        ),
+    )
+
+
+def _check_weight(op: str, name: str, input: Tensor, weight: Tensor, probabilities: bool) -> None:
+    classes = input.shape[class_dim(input)]
+    any_shape = input.dim() == 4 and not probabilities  # torch's four-dimensional loss counts the elements alone
+    torch._check(
+        (any_shape or weight.dim() == 1) and weight.numel() == classes,
+        lambda: (
+            f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
+            f"shape: {list(weight.shape)}"
+        ),
+    )
+    if probabilities:
+        if weight.is_complex():
+            raise NotImplementedError(f"{op}: weight is not implemented for dtype {_name(weight.dtype)}")
+        return
+    takes = weight.dtype == input.dtype or (input.dtype in HALF and weight.dtype in (torch.float32, torch.float64))
+    torch._check(
+        takes,
+        lambda: (
+            f"{op}: expected scalar type {_name(input.dtype)} but found {_name(weight.dtype)} for weight; call "
+            f"weight.to({name}.dtype)"
+        ),
+    )
+
+
+def check_log_softmax(input: Tensor, dim: int) -> None:
+    """Raises what the kernels raise for a dtype or a dimension that does not fit."""
+    check_dtype("log_softmax", input.dtype)
+    limit = max(input.dim(), 1)
+    if not -limit <= dim < limit:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-limit}, {limit - 1}], but got {dim})")
 
 
 def check_devices(op: str, input: Tensor, **others: Tensor | None) -> None:
@@ -111,8 +216,9 @@ def _cross_entropy_forward(
     label_smoothing: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    probabilities = is_probabilities(logits, target)
-    check_shapes("cross_entropy", logits, target, weight, probabilities)
+    probabilities = check_arguments(
+        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
+    )
     loss, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
     rows = row_shape(logits)
     return (
@@ -133,7 +239,7 @@ def _cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    check_shapes("cross_entropy", logits, target, weight, is_probabilities(logits, target))
+    check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     check_devices("cross_entropy", logits, grad_output=grad_output, row_stats=row_stats, total_weight=total_weight)
     return torch.empty_like(logits)
 
@@ -146,7 +252,7 @@ def _nll_loss_forward(
     ignore_index: int = -100,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_shapes("nll_loss", log_probs, target, weight, False)
+    check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     loss, acc = loss_dtypes(log_probs, target, weight, False, dtype)
     return log_probs.new_empty(row_shape(log_probs) if reduction == 0 else [], dtype=loss), log_probs.new_empty(
         [], dtype=acc
@@ -162,17 +268,13 @@ def _nll_loss_backward(
     reduction: int,
     ignore_index: int,
 ) -> Tensor:
-    check_shapes("nll_loss", log_probs, target, weight, False)
+    check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     check_devices("nll_loss", log_probs, grad_output=grad_output, total_weight=total_weight)
     return torch.empty_like(log_probs)
 
 
 def _log_softmax_forward(input: Tensor, dim: int) -> Tensor:
-    if input.dtype not in (torch.float32, torch.float64, *HALF):
-        raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
-    if not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
-        limit = max(input.dim(), 1)
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-limit}, {limit - 1}], but got {dim})")
+    check_log_softmax(input, dim)
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -181,7 +283,7 @@ def _log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tens
     return torch.empty_like(output)
 
 
-def _checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+def _checked_target(target: Tensor, classes: int, ignore_index: int, op: str) -> Tensor:
     return torch.empty(target.shape, dtype=torch.int64, device=target.device)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from nllx._fake import check_shapes, class_dim, is_probabilities, loss_dtypes, row_shape
+from nllx._fake import check_arguments, check_log_softmax, class_dim, is_probabilities, loss_dtypes, row_shape
 
 _NONE, _MEAN, _SUM = 0, 1, 2
 
@@ -39,8 +40,10 @@ def _rows(
         if classes == 0:
             rows = 0  # torch divides by numel / C
         return a if w is None else a * w, None, torch.full([], rows, dtype=acc, device=input.device)
+    if weight is not None:
+        _check_weight_gradient(op, weight)
     target = target.reshape(row_shape(input))
-    index = torch.ops.nllx._checked_target(target, classes, ignore_index)
+    index = torch.ops.nllx._checked_target(target, classes, ignore_index, op)
     valid = (target != ignore_index).unsqueeze(dim)
     c = torch.arange(classes, device=input.device).reshape([-1] + [1] * (input.dim() - 1 - dim))
     hit = (c == index.unsqueeze(dim)) & valid
@@ -50,11 +53,20 @@ def _rows(
     present = torch.where(hit, one, zero)
     a = present * (1 - label_smoothing)
     if label_smoothing > 0:
-        a = a + torch.where(valid, one * (label_smoothing / classes), zero)
+        a = a + torch.where(valid, one * (label_smoothing / max(classes, 1)), zero)
     divisor = present.sum()
     if label_smoothing > 0:  # torch adds the mean of the targets' own terms, 0 / 0 where they all weigh nothing
         divisor = torch.where(divisor == 0, divisor.new_full([], torch.nan), divisor)
     return a, valid, divisor
+
+
+def _check_weight_gradient(op: str, weight: Tensor) -> None:
+    """Raises where a transform differentiates index targets with respect to the weights, as csrc/autograd.cpp does."""
+    if (weight.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(weight).tangent is not None:
+        raise RuntimeError(
+            f"The function '{op}' is not differentiable with respect to argument 'weight' for targets that are class "
+            "indices. This input cannot have requires_grad True: call weight.detach()"
+        )
 
 
 def _reduce(rows: Tensor, divisor: Tensor, reduction: int) -> Tensor:
@@ -76,8 +88,9 @@ def cross_entropy_forward(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, maximum and log-sum of each row (zeros where ignored) and the divisor of the mean."""
-    probabilities = is_probabilities(logits, target)
-    check_shapes("cross_entropy", logits, target, weight, probabilities)
+    probabilities = check_arguments(
+        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
+    )
     loss_dtype, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
     a, valid, total_weight = _rows("cross_entropy", logits, target, weight, ignore_index, label_smoothing, acc)
     x = logits.to(acc)
@@ -114,8 +127,9 @@ def cross_entropy_backward(
 
     Made from the logits and not from the rows' statistics, so that its derivative with respect to the logits is whole.
     """
-    probabilities = is_probabilities(logits, target)
-    check_shapes("cross_entropy", logits, target, weight, probabilities)
+    probabilities = check_arguments(
+        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
+    )
     _, acc = loss_dtypes(logits, target, weight, probabilities, None)
     a, valid, divisor = _rows("cross_entropy", logits, target, weight, ignore_index, label_smoothing, acc)
     x = logits.to(acc)
@@ -145,12 +159,12 @@ def nll_loss_forward(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and the divisor of the mean."""
-    check_shapes("nll_loss", log_probs, target, weight, False)
+    check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     loss_dtype, acc = loss_dtypes(log_probs, target, weight, False, dtype)
     a, valid, total_weight = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
     # Only the target's entry is looked at; others may be anything.
     dim = class_dim(log_probs)
-    index = torch.ops.nllx._checked_target(target.reshape(row_shape(log_probs)), log_probs.shape[dim], ignore_index)
+    index = torch.ops.nllx._checked_target(target.reshape(row_shape(log_probs)), log_probs.shape[dim], ignore_index, "nll_loss")
     if log_probs.shape[dim] == 0:
         rows = a.sum(dim)
     else:
@@ -170,7 +184,7 @@ def nll_loss_backward(
     ignore_index: int,
 ) -> Tensor:
     """Gradient of the log-probabilities: -k w_y at the target, zero elsewhere."""
-    check_shapes("nll_loss", log_probs, target, weight, False)
+    check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     _, acc = loss_dtypes(log_probs, target, weight, False, None)
     a, _, divisor = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
     grad = -_incoming(grad_output.to(acc), divisor, log_probs, reduction) * a
@@ -180,6 +194,7 @@ def nll_loss_backward(
 
 def log_softmax_forward(input: Tensor, dim: int) -> Tensor:
     """log_softmax, computed in float32 or wider and rounded once."""
+    check_log_softmax(input, dim)
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     return torch.log_softmax(input.to(acc), dim).to(input.dtype)
 
@@ -239,7 +254,7 @@ def register() -> None:
         library.impl(f"_{definition.__name__}_definition", definition, "CompositeImplicitAutograd")
         library.impl(definition.__name__, definition, "FuncTorchDynamicLayerFrontMode")
 
-    def checked_target_vmap(info, in_dims, target, classes, ignore_index):  # type: ignore[no-untyped-def]
-        return torch.ops.nllx._checked_target(target, classes, ignore_index), in_dims[0]
+    def checked_target_vmap(info, in_dims, target, classes, ignore_index, op):  # type: ignore[no-untyped-def]
+        return torch.ops.nllx._checked_target(target, classes, ignore_index, op), in_dims[0]
 
     torch.library.register_vmap("nllx::_checked_target", checked_target_vmap, lib=library)

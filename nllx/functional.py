@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
-from torch.overrides import has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 __all__ = ["cross_entropy", "log_softmax", "nll_loss"]
 
@@ -20,25 +20,42 @@ _nll_loss = torch.ops.nllx.nll_loss.default
 _log_softmax = torch.ops.nllx.log_softmax.default
 
 
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+
+
 def _check_tensors(op: str, **tensors: Any) -> None:
     """Raises torch's TypeError for arguments that are no tensors; torch.ops would raise RuntimeError."""
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) and not has_torch_function_unary(value):
-            if name != "weight" or value is not None:
-                raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+        if not isinstance(value, Tensor) and (name != "weight" or value is not None):
+            raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
 def _integer(op: str, name: str, value: Any) -> int:
+    """As torch takes an int: anything with ``__index__`` but a bool, in 64 bits."""
     try:
-        return operator.index(value)
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}") from None
+    if not _SMALLEST <= number <= _LARGEST:
+        raise ValueError(f"{op}(): argument '{name}' is {number}. Overflow when unpacking long long")
+    return number
 
 
 def _real(op: str, name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real):
+    """As torch takes a float: a real number, or a tensor of no dimension that needs no gradient."""
+    if not isinstance(value, numbers.Real) and not (
+        isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not value.is_complex()
+    ):
         raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
     return float(value)
+
+
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    if torch.compiler.is_compiling():  # torch.compile traces neither the warning nor torch's function
+        return "none" if reduce is False else "sum" if size_average is False else "mean"
+    return _Reduction.legacy_get_string(size_average, reduce)
 
 
 def cross_entropy(
@@ -91,13 +108,26 @@ def cross_entropy(
         TypeError: an argument has another Python type.
         NotImplementedError: ``input`` is not floating point.
     """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = _legacy_reduction(size_average, reduce)
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):
         _check_tensors("cross_entropy", input=input, target=target, weight=weight)
-    if type(ignore_index) is not int:
+    if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
@@ -132,13 +162,25 @@ def nll_loss(
     Raises:
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`.
     """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            nll_loss,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+        )
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = _legacy_reduction(size_average, reduce)
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):
         _check_tensors("nll_loss", input=input, target=target, weight=weight)
-    if type(ignore_index) is not int:
+    if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
         ignore_index = _integer("nll_loss", "ignore_index", ignore_index)
     return _nll_loss(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
 
@@ -166,9 +208,14 @@ def log_softmax(
         IndexError: ``dim`` is out of range.
         NotImplementedError: the dtype that is computed in is not floating point.
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     _check_tensors("log_softmax", input=input)
     if dim is None:
-        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    if type(dim) is not int:
+        if torch.compiler.is_compiling():  # where a warning would break the graph
+            dim = 0 if input.dim() in (0, 1, 3) else 1
+        else:
+            dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    if type(dim) is not int or not _SMALLEST <= dim <= _LARGEST:
         dim = _integer("log_softmax", "dim", dim)
     return _log_softmax(input, dim, dtype)

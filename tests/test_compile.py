@@ -174,6 +174,42 @@ def test_one_graph_for_all_sizes(op: str, device: str) -> None:
     assert compilations[-1] == compilations[0]
 
 
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+def test_one_graph_for_all_values_of_ignore_index(op: str, device: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        return getattr(nllx.functional, op)(x, target, ignore_index=ignore_index)
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    x = torch.randn(4, 9, device=device, requires_grad=True)
+    target = torch.tensor([2, 3, 6, 8], device=device)
+    compilations = []
+    for ignore_index in (2, 3, 6):
+        output, expected = compiled(x, target, ignore_index), loss(x, target, ignore_index)
+        assert_close(output, expected)
+        assert_close(torch.autograd.grad(output, x), torch.autograd.grad(expected, x))
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
+
+
+def test_deprecated_arguments_compile(device: str) -> None:
+    """They warn in eager mode, which would break the graph."""
+    x, target = torch.randn(3, 5, device=device), torch.tensor([1, 4, -100], device=device)
+
+    def losses(functional: Any) -> list[Tensor]:
+        return [
+            functional.cross_entropy(x, target, size_average=False),
+            functional.nll_loss(x, target, reduce=False),
+            functional.log_softmax(x),
+            functional.log_softmax(x[None]),
+        ]
+
+    with pytest.warns(UserWarning):
+        expected = losses(torch.nn.functional)
+    assert_close(_compile(lambda: losses(nllx.functional), "aot_eager")(), expected)
+
+
 def test_range_is_checked_in_compiled_code(device: str) -> None:
     """A check that the compiler could see would be removed with its unused result."""
     if device == "cuda":

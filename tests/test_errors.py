@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import nllx
+from nllx import _reference
 
 ops = torch.ops.nllx
 F = torch.nn.functional
@@ -81,6 +82,8 @@ def _mistakes_of_both_losses(op: str) -> list[Mistake]:
     bad("reduction", "avg is not a valid value for reduction", of=(x, t), reduction="avg")
     bad("no reduction", "None is not a valid value for reduction", of=(x, t), reduction=None)
     bad("fractional ignore_index", "ignore_index", of=(x, t), ignore_index=1.5)
+    bad("boolean ignore_index", "ignore_index.*must be int, not bool", of=(x, t), ignore_index=True)
+    bad("ignore_index of 65 bits", "ignore_index.*Overflow", of=(x, t), ignore_index=2**63)
     bad("no input", "Tensor", of=(None, t))
     bad("list target", "target", "Tensor", of=(x, [0, 4, 2]))
     bad("list weight", "weight", "Tensor", of=(x, t, [1.0] * 5))
@@ -133,6 +136,8 @@ def _other_mistakes() -> list[Mistake]:
     bad("cross_entropy", "smoothing above one", limits + "1.1", of=(x, t), label_smoothing=1.1)
     bad("cross_entropy", "probabilities, smoothing above one", limits + "1.1", of=(x, p), label_smoothing=1.1)
     bad("cross_entropy", "smoothing as text", "label_smoothing", of=(x, t), label_smoothing="0.1")
+    bad("cross_entropy", "smoothing of each class", "label_smoothing", of=(x, t), label_smoothing=ones(5) / 10)
+    bad("cross_entropy", "smoothing that is learned", "must be float", of=(x, t), label_smoothing=ones(()).requires_grad_())
     # torch takes a negative or undefined smoothing for zero.
     bad("cross_entropy", "negative smoothing", limits + "-0.1", of=(x, t), label_smoothing=-0.1, error=RuntimeError)
     bad("cross_entropy", "undefined smoothing", limits + "nan", of=(x, p), label_smoothing=math.nan, error=RuntimeError)
@@ -141,6 +146,8 @@ def _other_mistakes() -> list[Mistake]:
     bad("log_softmax", "negative dim", r"range of \[-2, 1\], but got -3", of=(x, -3))
     bad("log_softmax", "dim of a scalar", r"range of \[-1, 0\], but got 1", of=(scalar, 1))
     bad("log_softmax", "fractional dim", "dim", of=(x, 1.0))
+    bad("log_softmax", "boolean dim", "dim", of=(x, True))
+    bad("log_softmax", "dim of 65 bits", "dim", of=(x, 2**63))
     bad("log_softmax", "integers", "log_softmax", "not implemented", "Long", of=(x.long(), 1))
     bad("log_softmax", "to integers", "log_softmax", "not implemented", "Long", of=(x, 1), dtype=torch.int64)
     bad("log_softmax", "complex", "log_softmax", "not implemented", "Complex", of=(x + 0j, 1))
@@ -150,8 +157,7 @@ def _other_mistakes() -> list[Mistake]:
 _MISTAKES = [*_mistakes_of_both_losses("cross_entropy"), *_mistakes_of_both_losses("nll_loss"), *_other_mistakes()]
 
 
-@pytest.mark.parametrize("mistake", _MISTAKES, ids=lambda mistake: mistake.name)
-def test_mistake(mistake: Mistake) -> None:
+def _check(mistake: Mistake) -> None:
     if mistake.error is not None:
         expected = mistake.error
     else:
@@ -164,6 +170,35 @@ def test_mistake(mistake: Mistake) -> None:
     assert "INTERNAL ASSERT" not in str(raised.value)
     for expression in mistake.message:
         raised.match(expression)
+
+
+@pytest.mark.parametrize("mistake", _MISTAKES, ids=lambda mistake: mistake.name)
+def test_mistake(mistake: Mistake) -> None:
+    _check(mistake)
+
+
+@pytest.mark.parametrize(
+    "mistake", [m for m in _MISTAKES if not m.name.endswith(": sparse")], ids=lambda mistake: mistake.name
+)
+def test_mistake_in_the_definition(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition, which serves transforms and derivatives, looks at its arguments as the kernels do."""
+    for op in ("cross_entropy", "nll_loss", "log_softmax"):
+        monkeypatch.setattr(nllx.functional, f"_{op}", getattr(_reference, op))
+    _check(mistake)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+def test_weights_have_no_derivative_under_transforms(op: str) -> None:
+    def loss(weight: Tensor) -> Tensor:
+        return getattr(nllx.functional, op)(x, t, weight)
+
+    for transform in (
+        lambda: torch.func.grad(loss)(ones(5)),
+        lambda: torch.func.jvp(loss, (ones(5),), (ones(5),)),
+        lambda: torch.func.vmap(torch.func.grad(loss))(ones(2, 5)),
+    ):
+        with pytest.raises(RuntimeError, match=r"not differentiable with respect to argument 'weight'"):
+            transform()
 
 
 # Class indices out of range
@@ -226,6 +261,13 @@ def test_target_out_of_range(op: str, reduction: str, name: str) -> None:
         backward = (*backward, 0.0)
     with pytest.raises(IndexError, match=message):
         getattr(ops, f"{op}_backward")(*backward)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+def test_target_out_of_range_under_transforms(op: str) -> None:
+    """The message names the function that was called."""
+    with pytest.raises(IndexError, match=rf"{op}: Target 9 is out of bounds\..*target\[1\]"):
+        torch.func.grad(lambda a: getattr(nllx.functional, op)(a, torch.tensor([0, 9, 2])))(x)
 
 
 def test_unbatched_target_out_of_range() -> None:

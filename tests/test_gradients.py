@@ -193,3 +193,14 @@ def test_any_incoming_gradient(name: str, device: str) -> None:
     expected = answer(build(case).for_torch(torch.float64), torch.nn.functional, incoming.cpu()).grads
     for g, want in zip(got, expected, strict=True):
         assert_close(g.cpu().double(), want, rtol=1e-5, atol=1e-6)  # a few units of float32 in numbers of size one
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_second_order_of_nll_loss_alone_is_zero(reduction: str, device: str) -> None:
+    """Linear in the log-probabilities: the second derivative is zero, not missing."""
+    for functional in (torch.nn.functional, nllx.functional):
+        log_probs = torch.randn(3, 5, device=device, requires_grad=True)
+        loss = functional.nll_loss(log_probs, torch.tensor([1, 4, -100], device=device), reduction=reduction).sum()
+        (grad,) = torch.autograd.grad(loss, log_probs, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), log_probs)
+        assert torch.equal(second, torch.zeros_like(log_probs))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import REDUCTIONS, Case, build
@@ -326,6 +327,18 @@ class TestOptions:
             assert_close(N.cross_entropy(x, t, reduction="elementwise_mean"), F.cross_entropy(x, t))
 
 
+    @pytest.mark.parametrize("value", [True, 0, torch.tensor(0.1), torch.tensor(1), np.float32(0.1), np.float64(0.1)])
+    def test_smoothing_of_other_types(self, value: Any) -> None:
+        same_with_gradient("cross_entropy", x, t, label_smoothing=value)
+
+    @pytest.mark.parametrize("value", [torch.tensor(1), torch.tensor([1]), np.int64(1), np.int8(1)])
+    def test_integers_of_other_types(self, value: Any) -> None:
+        for op in LOSSES:
+            same_with_gradient(op, x, t, ignore_index=value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            same_with_gradient("log_softmax", x, value)
+
+
 class TestValues:
     @pytest.mark.parametrize("op", LOSSES)
     def test_all_rows_ignored(self, op: str) -> None:
@@ -471,6 +484,25 @@ class TestViews:
         assert type(N.cross_entropy(x.as_subclass(Marked), t)) is Marked
         assert type(N.cross_entropy(torch.nn.Parameter(x), t)) is torch.Tensor
 
+    def test_objects_that_override_functions(self) -> None:
+        """``__torch_function__`` is asked about the function that was called, with its arguments."""
+
+        class Recorder:
+            calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+            @classmethod
+            def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> str:
+                cls.calls.append((function, args, kwargs or {}))
+                return "recorded"
+
+        recorder = Recorder()
+        assert N.cross_entropy(recorder, t, label_smoothing=0.25) == "recorded"
+        assert N.nll_loss(x, recorder) == "recorded"
+        assert N.log_softmax(recorder, 1) == "recorded"
+        assert [call[0] for call in Recorder.calls] == [N.cross_entropy, N.nll_loss, N.log_softmax]
+        assert Recorder.calls[0][2]["label_smoothing"] == 0.25
+        assert Recorder.calls[1][1][1] is recorder
+
 
 class TestLargeOffsets:
     """Two pages of a tensor of 4 GiB: offsets in elements that 32 bits do not hold."""
@@ -567,6 +599,39 @@ class TestTransforms:
         stacked = torch.stack([x, 2 * x, x - 1])
         self._both(lambda f: torch.vmap(f)(stacked))
         self._both(lambda f: torch.vmap(torch.func.grad(f))(stacked))
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_autocast(self, dtype: torch.dtype) -> None:
+        """Torch's autocast holds inside of the transforms: losses in float32, which 70000 is too large for in float16."""
+        logits, classes = torch.full((7, 4), 1e4).to(dtype), torch.arange(7) % 4
+        logits[:, 0] = 0.0
+
+        def transformed(functional: Any) -> list[Tensor]:
+            def entropy(a: Tensor) -> Tensor:
+                return functional.cross_entropy(a, classes, torch.ones(4), reduction="sum")
+
+            def likelihood(a: Tensor) -> Tensor:
+                return functional.nll_loss(-a, classes, reduction="sum")
+
+            results = []
+            with torch.autocast("cpu", dtype=dtype):
+                for f in (entropy, likelihood):
+                    results.extend(torch.func.grad_and_value(f)(logits))
+                    results.extend(torch.func.jvp(f, (logits,), (torch.ones_like(logits),)))
+                    results.extend(torch.vmap(torch.func.grad_and_value(f))(logits[None]))
+            return results
+
+        for got, expected in zip(transformed(N), transformed(F), strict=True):
+            assert_close(got, expected)
+        with torch.autocast("cpu", dtype=dtype):  # where torch's vmap forgets autocast
+            assert torch.vmap(lambda a: N.cross_entropy(a, classes))(logits[None]).dtype == torch.float32
+
+    def test_no_classes(self) -> None:
+        def loss(functional: Any, a: Tensor) -> Tensor:
+            return functional.cross_entropy(a, torch.full((3,), -100), reduction="sum", label_smoothing=0.1)
+
+        a = torch.zeros(3, 0)
+        assert_close(torch.func.grad(lambda a: loss(N, a))(a), torch.func.grad(lambda a: loss(F, a))(a))
 
     def test_vmap_over_ignored_rows(self) -> None:
         def loss(row: Tensor, target: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <string>
+#include <string_view>
+
 #include "../checks.h"
 #include "../online_softmax.h"
 
 namespace nllx {
 
-at::Tensor checked_target_cpu(const at::Tensor& target, int64_t classes, int64_t ignore_index) {
+at::Tensor checked_target_cpu(const at::Tensor& target, int64_t classes, int64_t ignore_index, std::string_view op) {
   const IndexType type = index_type(target.scalar_type());
   const at::Tensor source = target.contiguous();
   at::Tensor result = at::empty(target.sizes(), target.options().dtype(at::kLong));
@@ -17,7 +20,7 @@ at::Tensor checked_target_cpu(const at::Tensor& target, int64_t classes, int64_t
   for (int64_t row = 0; row < target.numel(); ++row) {
     const int64_t y = load_index(index, type, row);
     if (y != ignore_index && !is_class(y, classes)) {
-      raise_bad_target("cross_entropy", target.sizes(), row, y, classes, ignore_index);
+      raise_bad_target(std::string(op).c_str(), target.sizes(), row, y, classes, ignore_index);
     }
     out[row] = y == ignore_index ? 0 : y;
   }

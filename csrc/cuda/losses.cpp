@@ -177,7 +177,7 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
   return finish_gradient(computed, grad, log_probs.scalar_type());
 }
 
-Tensor checked_target_cuda(const Tensor& target, int64_t classes, int64_t ignore_index) {
+Tensor checked_target_cuda(const Tensor& target, int64_t classes, int64_t ignore_index, std::string_view /*op*/) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(target.device());
   const Tensor source = target.contiguous();
