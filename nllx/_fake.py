@@ -99,7 +99,7 @@ def check_arguments(
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """Raises for a dtype that has no kernel."""
     if dtype not in (torch.float32, torch.float64, *HALF):
-        raise NotImplementedError(f'"{op}" not implemented for \'{_name(dtype)}\'')
+        raise NotImplementedError(f"\"{op}\" not implemented for '{_name(dtype)}'")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -216,9 +216,7 @@ def _cross_entropy_forward(
     label_smoothing: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    probabilities = check_arguments(
-        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
-    )
+    probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     loss, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
     rows = row_shape(logits)
     return (

@@ -88,9 +88,7 @@ def cross_entropy_forward(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, maximum and log-sum of each row (zeros where ignored) and the divisor of the mean."""
-    probabilities = check_arguments(
-        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
-    )
+    probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     loss_dtype, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
     a, valid, total_weight = _rows("cross_entropy", logits, target, weight, ignore_index, label_smoothing, acc)
     x = logits.to(acc)
@@ -127,9 +125,7 @@ def cross_entropy_backward(
 
     Made from the logits and not from the rows' statistics, so that its derivative with respect to the logits is whole.
     """
-    probabilities = check_arguments(
-        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
-    )
+    probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     _, acc = loss_dtypes(logits, target, weight, probabilities, None)
     a, valid, divisor = _rows("cross_entropy", logits, target, weight, ignore_index, label_smoothing, acc)
     x = logits.to(acc)
@@ -164,7 +160,9 @@ def nll_loss_forward(
     a, valid, total_weight = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
     # Only the target's entry is looked at; others may be anything.
     dim = class_dim(log_probs)
-    index = torch.ops.nllx._checked_target(target.reshape(row_shape(log_probs)), log_probs.shape[dim], ignore_index, "nll_loss")
+    index = torch.ops.nllx._checked_target(
+        target.reshape(row_shape(log_probs)), log_probs.shape[dim], ignore_index, "nll_loss"
+    )
     if log_probs.shape[dim] == 0:
         rows = a.sum(dim)
     else:

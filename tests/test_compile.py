@@ -205,7 +205,7 @@ def test_deprecated_arguments_compile(device: str) -> None:
             functional.log_softmax(x[None]),
         ]
 
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="size_average and reduce|Implicit dimension"):
         expected = losses(torch.nn.functional)
     assert_close(_compile(lambda: losses(nllx.functional), "aot_eager")(), expected)
 

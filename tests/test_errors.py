@@ -137,7 +137,13 @@ def _other_mistakes() -> list[Mistake]:
     bad("cross_entropy", "probabilities, smoothing above one", limits + "1.1", of=(x, p), label_smoothing=1.1)
     bad("cross_entropy", "smoothing as text", "label_smoothing", of=(x, t), label_smoothing="0.1")
     bad("cross_entropy", "smoothing of each class", "label_smoothing", of=(x, t), label_smoothing=ones(5) / 10)
-    bad("cross_entropy", "smoothing that is learned", "must be float", of=(x, t), label_smoothing=ones(()).requires_grad_())
+    bad(
+        "cross_entropy",
+        "smoothing that is learned",
+        "must be float",
+        of=(x, t),
+        label_smoothing=ones(()).requires_grad_(),
+    )
     # torch takes a negative or undefined smoothing for zero.
     bad("cross_entropy", "negative smoothing", limits + "-0.1", of=(x, t), label_smoothing=-0.1, error=RuntimeError)
     bad("cross_entropy", "undefined smoothing", limits + "nan", of=(x, p), label_smoothing=math.nan, error=RuntimeError)

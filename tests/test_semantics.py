@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -326,7 +326,6 @@ class TestOptions:
         with pytest.warns(UserWarning, match="elementwise_mean"):
             assert_close(N.cross_entropy(x, t, reduction="elementwise_mean"), F.cross_entropy(x, t))
 
-
     @pytest.mark.parametrize("value", [True, 0, torch.tensor(0.1), torch.tensor(1), np.float32(0.1), np.float64(0.1)])
     def test_smoothing_of_other_types(self, value: Any) -> None:
         same_with_gradient("cross_entropy", x, t, label_smoothing=value)
@@ -488,7 +487,7 @@ class TestViews:
         """``__torch_function__`` is asked about the function that was called, with its arguments."""
 
         class Recorder:
-            calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+            calls: ClassVar[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = []
 
             @classmethod
             def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> str:
