@@ -12,6 +12,8 @@ namespace {
 #include "common.inl"
 #include "rows.inl"
 #include "tiles.inl"
+#include "planes.inl"
+#include "short_rows.inl"
 #include "nll_loss.inl"
 #include "log_softmax.inl"
 // clang-format on
@@ -41,8 +43,8 @@ void cross_entropy_forward(const CrossEntropyForward& p, const Chunks& chunks, i
     using P = typename decltype(instance)::Probability;
     if (p.layout == Layout::kPlanes) {
       cross_entropy_forward_planes<T, kTerms, P>(p, chunks, chunk, result);
-    } else if (kTerms != Terms::kProbabilities && has_few_classes(p)) {
-      cross_entropy_forward_few_classes<T, kTerms, P>(p, chunks, chunk, result);
+    } else if (has_short_rows<typename AccOf<T>::type>(p.layout, p.extent)) {
+      cross_entropy_forward_short_rows<T, kTerms, P>(p, chunks, chunk, result);
     } else {
       cross_entropy_forward_rows<T, kTerms, P>(p, chunks, chunk, result);
     }
@@ -69,8 +71,8 @@ void cross_entropy_backward(const CrossEntropyBackward& p, const Chunks& chunks,
     using P = typename decltype(instance)::Probability;
     if (p.layout == Layout::kPlanes) {
       cross_entropy_backward_planes<T, kTerms, P>(p, chunks, chunk, result);
-    } else if (kTerms != Terms::kProbabilities && has_few_classes(p)) {
-      cross_entropy_backward_few_classes<T, kTerms, P>(p, chunks, chunk, result);
+    } else if (has_short_rows<typename AccOf<T>::type>(p.layout, p.extent)) {
+      cross_entropy_backward_short_rows<T, kTerms, P>(p, chunks, chunk, result);
     } else {
       cross_entropy_backward_rows<T, kTerms, P>(p, chunks, chunk, result);
     }

@@ -1,4 +1,4 @@
-// log_softmax, on the sums of rows.inl and tiles.inl.
+// log_softmax, on the sums of rows.inl, planes.inl and short_rows.inl.
 
 template <typename T>
 void log_softmax_forward_rows(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
@@ -21,62 +21,80 @@ void log_softmax_forward_rows(const LogSoftmaxForward& p, const Chunks& chunks, 
   if (chunks.stream) end_stream();
 }
 
-// `width` rows of a tile whose classes are x_stride and y_stride apart; y may be x.
-template <bool kPrefetch, typename X, typename Y, typename acc>
-NLLX_INLINE void log_softmax_forward_tile(const X* x, int64_t x_stride, Y* y, int64_t y_stride, int64_t classes,
-                                          int width, bool streamed, TileSums<acc>& s) {
-  constexpr int L = kLanes<acc>;
-  for_each_group<acc>(width, [&](auto count, int i, int k) __attribute__((always_inline)) {
-    constexpr int V = decltype(count)::value;
-    group_sums<Terms::kNone, V, kPrefetch, X, acc, X>(x, x_stride, classes, i, k, ClassTerms<acc, X>{}, s);
-    Vec<acc> max[V], log_sum[V];
-    for (int v = 0; v < V; ++v) {
-      max[v] = load(s.max + i + v * L);
-      log_sum[v] = log_vec(load(s.sum + i + v * L));
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      for (int v = 0; v < V; ++v) {
-        const int n = V == 1 ? k : L;
-        const Vec<acc> value = (load_some(x + c * x_stride + i + v * L, n, acc(0)) - max[v]) - log_sum[v];
-        if (V > 1 && streamed) {
-          stream(y + c * y_stride + i + v * L, value);
-        } else {
-          store_some(y + c * y_stride + i + v * L, value, n);
-        }
-      }
-    }
-  });
-}
-
 template <typename T>
 void log_softmax_forward_planes(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
   using acc = typename AccOf<T>::type;
+  constexpr int L = kLanes<acc>;
   TileSums<acc> s;
   const bool streamed = chunks.stream && planes_are_aligned<T>(p.output, p.output_strides);
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
     const Tile tile = tile_of(p.extent, unit);
     const T* x = static_cast<const T*>(p.input) + tile.outer * p.input_strides.outer + tile.inner;
     T* y = static_cast<T*>(p.output) + tile.outer * p.output_strides.outer + tile.inner;
-    log_softmax_forward_tile<true>(x, p.input_strides.classes, y, p.output_strides.classes, p.extent.classes,
-                                   tile.width, streamed, s);
+    sum_planes<Terms::kNone, false, T, acc, T>(x, x, p.input_strides.classes, p.extent.classes, tile.width,
+                                               ClassTerms<acc, T>{}, s);
+    NLLX_FOR_VECTORS(i, k, tile.width) store(s.sum + i, log_vec(load(s.sum + i)));
+    for (int64_t c = 0; c < p.extent.classes; ++c) {
+      const T* from = x + c * p.input_strides.classes;
+      const T* next = c + 1 < p.extent.classes ? from + p.input_strides.classes : x + kTile;
+      T* to = y + c * p.output_strides.classes;
+      NLLX_FOR_VECTORS(i, k, tile.width) {
+        prefetch(next + i);
+        const Vec<acc> value = (load_some(from + i, k, acc(0)) - load(s.max + i)) - load(s.sum + i);
+        if (streamed && k == L) {
+          stream(to + i, value);
+        } else {
+          store_some(to + i, value, k);
+        }
+      }
+    }
   }
   if (streamed) end_stream();
 }
 
 template <typename T>
-void log_softmax_forward_few_classes(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
+void log_softmax_forward_short_rows(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
   using acc = typename AccOf<T>::type;
-  alignas(64) acc tile[kFewClasses * kGroup<acc>];
+  constexpr int L = kLanes<acc>;
+  alignas(64) acc tile[L * kGroup<acc>];
   TileSums<acc> s;
   const int classes = static_cast<int>(p.extent.classes);
   const int64_t x_step = row_step(p.extent, p.input_strides), y_step = row_step(p.extent, p.output_strides);
+  const ClassTerms<acc, T> none{};
   for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>, [&](int64_t, const Row& r, int width) {
-    rows_to_tile(static_cast<const T*>(p.input) + r.offset(p.input_strides), x_step, classes, width, tile);
-    log_softmax_forward_tile<false>(static_cast<const acc*>(tile), kGroup<acc>, tile, kGroup<acc>, classes, width,
-                                    false, s);
-    tile_to_rows(static_cast<const acc*>(tile), static_cast<T*>(p.output) + r.offset(p.output_strides), y_step, classes,
-                 width);
+    const T* x = static_cast<const T*>(p.input) + r.offset(p.input_strides);
+    T* y = static_cast<T*>(p.output) + r.offset(p.output_strides);
+    const bool few = is_few<acc>(classes);
+    if (few) rows_to_tile(x, x_step, classes, width, tile);
+    for (int i = 0; i < width; i += L) {
+      if (few) {
+        sum_few<Terms::kNone>(tile, classes, i, none, s);
+      } else {
+        sum_short_rows<Terms::kNone, T, acc, T>(x + i * x_step, x_step, classes, i, width - i < L ? width - i : L, none,
+                                                0, s);
+      }
+      const Vec<acc> max = load(s.max + i), log_sum = log_vec(load(s.sum + i));
+      store(s.sum + i, log_sum);
+      for (int c = 0; few && c < classes; ++c) {
+        acc* v = tile + c * kGroup<acc> + i;
+        store(v, (load(v) - max) - log_sum);
+      }
+    }
+    if (few) return tile_to_rows(static_cast<const acc*>(tile), y, y_step, classes, width);
+    for (int i = 0; i < width; ++i) {
+      const Vec<acc> max = broadcast(s.max[i]), log_sum = broadcast(s.sum[i]);
+      const T* from = x + i * x_step;
+      const auto value = [&](int64_t c, int n) __attribute__((always_inline)) {
+        return (load_some(from + c, n, acc(0)) - max) - log_sum;
+      };
+      if (chunks.stream) {
+        write_row<true>(y + i * y_step, 0, classes, value);
+      } else {
+        write_row<false>(y + i * y_step, 0, classes, value);
+      }
+    }
   });
+  if (chunks.stream) end_stream();
 }
 
 // ---- backward: gradient = g - exp(output) Σ g ----
@@ -115,68 +133,71 @@ void log_softmax_backward_rows(const LogSoftmaxBackward& p, const Chunks& chunks
   if (chunks.stream) end_stream();
 }
 
-template <bool kPrefetch, typename X, typename Y, typename acc>
-NLLX_INLINE void log_softmax_backward_tile(const X* g, int64_t g_stride, const X* y, int64_t y_stride, Y* grad,
-                                           int64_t grad_stride, int64_t classes, int width, bool streamed) {
-  constexpr int L = kLanes<acc>;
-  for_each_group<acc>(width, [&](auto count, int i, int k) __attribute__((always_inline)) {
-    constexpr int V = decltype(count)::value;
-    const int n = V == 1 ? k : L;
-    Vec<acc> total[V] = {};
-    for (int64_t start = 0; start < classes; start += kClassBlock) {
-      const int64_t end = classes - start < kClassBlock ? classes : start + kClassBlock;
-      Vec<acc> block[V] = {};
-      for (int64_t c = start; c < end; ++c) {
-        for (int v = 0; v < V; ++v) {
-          if constexpr (V > 1 && kPrefetch) prefetch(y + c * y_stride + i + v * L);
-          block[v] += load_some(g + c * g_stride + i + v * L, n, acc(0));
-        }
-      }
-      for (int v = 0; v < V; ++v) total[v] += block[v];
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      for (int v = 0; v < V; ++v) {
-        if constexpr (V > 1 && kPrefetch) prefetch(g + c * g_stride + i + (V + v) * L);
-        const Vec<acc> softmax = exp_vec(load_some(y + c * y_stride + i + v * L, n, acc(0)));
-        const Vec<acc> value = load_some(g + c * g_stride + i + v * L, n, acc(0)) - softmax * total[v];
-        if (V > 1 && streamed) {
-          stream(grad + c * grad_stride + i + v * L, value);
-        } else {
-          store_some(grad + c * grad_stride + i + v * L, value, n);
-        }
-      }
-    }
-  });
-}
-
 template <typename T>
 void log_softmax_backward_planes(const LogSoftmaxBackward& p, const Chunks& chunks, int64_t chunk) {
+  using acc = typename AccOf<T>::type;
+  constexpr int L = kLanes<acc>;
+  alignas(64) acc total[kTile], block[kTile];
   const bool streamed = chunks.stream && planes_are_aligned<T>(p.grad_input, p.grad_input_strides);
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
     const Tile tile = tile_of(p.extent, unit);
     const T* g = static_cast<const T*>(p.grad_output) + tile.outer * p.grad_output_strides.outer + tile.inner;
     const T* y = static_cast<const T*>(p.output) + tile.outer * p.output_strides.outer + tile.inner;
     T* grad = static_cast<T*>(p.grad_input) + tile.outer * p.grad_input_strides.outer + tile.inner;
-    log_softmax_backward_tile<true, T, T, typename AccOf<T>::type>(
-        g, p.grad_output_strides.classes, y, p.output_strides.classes, grad, p.grad_input_strides.classes,
-        p.extent.classes, tile.width, streamed);
+    NLLX_FOR_VECTORS(i, k, tile.width) store(total + i, Vec<acc>{});
+    for (int64_t start = 0; start < p.extent.classes; start += kClassBlock) {
+      const int64_t end = p.extent.classes - start < kClassBlock ? p.extent.classes : start + kClassBlock;
+      NLLX_FOR_VECTORS(i, k, tile.width) store(block + i, Vec<acc>{});
+      for (int64_t c = start; c < end; ++c) {
+        const T* gc = g + c * p.grad_output_strides.classes;
+        NLLX_FOR_VECTORS(i, k, tile.width) {
+          prefetch(gc + p.grad_output_strides.classes + i);
+          store(block + i, load(block + i) + load_some(gc + i, k, acc(0)));
+        }
+      }
+      NLLX_FOR_VECTORS(i, k, tile.width) store(total + i, load(total + i) + load(block + i));
+    }
+    for (int64_t c = 0; c < p.extent.classes; ++c) {
+      const T* gc = g + c * p.grad_output_strides.classes;
+      const T* yc = y + c * p.output_strides.classes;
+      T* to = grad + c * p.grad_input_strides.classes;
+      NLLX_FOR_VECTORS(i, k, tile.width) {
+        prefetch(gc + p.grad_output_strides.classes + i);
+        prefetch(yc + p.output_strides.classes + i);
+        const Vec<acc> softmax = exp_vec(load_some(yc + i, k, acc(0)));
+        const Vec<acc> value = load_some(gc + i, k, acc(0)) - softmax * load(total + i);
+        if (streamed && k == L) {
+          stream(to + i, value);
+        } else {
+          store_some(to + i, value, k);
+        }
+      }
+    }
   }
   if (streamed) end_stream();
 }
 
+// Rows of at most a vector of classes.
 template <typename T>
 void log_softmax_backward_few_classes(const LogSoftmaxBackward& p, const Chunks& chunks, int64_t chunk) {
   using acc = typename AccOf<T>::type;
-  alignas(64) acc g[kFewClasses * kGroup<acc>];
-  alignas(64) acc y[kFewClasses * kGroup<acc>];
+  constexpr int L = kLanes<acc>;
+  alignas(64) acc g[L * kGroup<acc>];
+  alignas(64) acc y[L * kGroup<acc>];
   const int classes = static_cast<int>(p.extent.classes);
   const int64_t g_step = row_step(p.extent, p.grad_output_strides), y_step = row_step(p.extent, p.output_strides);
   const int64_t grad_step = row_step(p.extent, p.grad_input_strides);
   for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>, [&](int64_t, const Row& r, int width) {
     rows_to_tile(static_cast<const T*>(p.grad_output) + r.offset(p.grad_output_strides), g_step, classes, width, g);
     rows_to_tile(static_cast<const T*>(p.output) + r.offset(p.output_strides), y_step, classes, width, y);
-    log_softmax_backward_tile<false, acc, acc, acc>(g, kGroup<acc>, y, kGroup<acc>, g, kGroup<acc>, classes, width,
-                                                    false);
+    for (int i = 0; i < width; i += L) {
+      Vec<acc> total{};
+      for (int c = 0; c < classes; ++c) total += load(g + c * kGroup<acc> + i);
+      for (int c = 0; c < classes; ++c) {
+        acc* v = g + c * kGroup<acc> + i;
+        store(v, load(v) - exp_vec(load(y + c * kGroup<acc> + i)) * total);
+      }
+    }
     tile_to_rows(static_cast<const acc*>(g), static_cast<T*>(p.grad_input) + r.offset(p.grad_input_strides), grad_step,
                  classes, width);
   });
@@ -185,12 +206,12 @@ void log_softmax_backward_few_classes(const LogSoftmaxBackward& p, const Chunks&
 template <typename T>
 void log_softmax_forward(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
   if (p.layout == Layout::kPlanes) return log_softmax_forward_planes<T>(p, chunks, chunk);
-  has_few_classes(p) ? log_softmax_forward_few_classes<T>(p, chunks, chunk)
-                     : log_softmax_forward_rows<T>(p, chunks, chunk);
+  has_short_rows<typename AccOf<T>::type>(p.layout, p.extent) ? log_softmax_forward_short_rows<T>(p, chunks, chunk)
+                                                              : log_softmax_forward_rows<T>(p, chunks, chunk);
 }
 template <typename T>
 void log_softmax_backward(const LogSoftmaxBackward& p, const Chunks& chunks, int64_t chunk) {
   if (p.layout == Layout::kPlanes) return log_softmax_backward_planes<T>(p, chunks, chunk);
-  has_few_classes(p) ? log_softmax_backward_few_classes<T>(p, chunks, chunk)
-                     : log_softmax_backward_rows<T>(p, chunks, chunk);
+  is_few<typename AccOf<T>::type>(p.extent.classes) ? log_softmax_backward_few_classes<T>(p, chunks, chunk)
+                                                    : log_softmax_backward_rows<T>(p, chunks, chunk);
 }

@@ -358,6 +358,7 @@ NLLX_INLINE void exchange(V& a, V& b, Lanes<kLane...>) {
 template <int kStep, typename acc>
 NLLX_INLINE void transpose_steps(Vec<acc>* v) {
   if constexpr (kStep > 0) {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes<acc>; ++i) {
       if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], typename LanesTo<kLanes<acc>>::type{});
     }
@@ -368,6 +369,22 @@ NLLX_INLINE void transpose_steps(Vec<acc>* v) {
 template <typename acc>
 NLLX_INLINE void transpose(Vec<acc>* v) {
   transpose_steps<kLanes<acc> / 2, acc>(v);
+}
+
+// Even lanes of a and b to a, odd ones to b; and back.
+template <typename V, int... kLane>
+NLLX_INLINE void deinterleave(V& a, V& b, Lanes<kLane...>) {
+  const V even = pick<(2 * kLane)...>(a, b), odd = pick<(2 * kLane + 1)...>(a, b);
+  a = even;
+  b = odd;
+}
+template <typename V, int... kLane>
+NLLX_INLINE void interleave(V& a, V& b, Lanes<kLane...>) {
+  constexpr int L = static_cast<int>(sizeof...(kLane));
+  const V low = pick<(kLane % 2 * L + kLane / 2)...>(a, b);
+  const V high = pick<(kLane % 2 * L + L / 2 + kLane / 2)...>(a, b);
+  a = low;
+  b = high;
 }
 
 template <typename acc>

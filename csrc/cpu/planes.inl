@@ -1,0 +1,241 @@
+// Cross entropy where neighbouring rows are adjacent in memory (planes): vectors run over the rows of a tile, class
+// after class, so that every class is one run through memory.
+//
+// Forward: the sum of exponentials refers to the maximum so far. Of exp(x - m) and exp(m - x) only the one below 1 is
+// computed: it is the new term, or what the sum so far shrinks by. The state of a tile (maximum and sum of each row)
+// stays in the first-level cache. Holding several classes of a tile there instead, to take the maximum first, fails
+// for planes whose size is a power of two: all classes fall into the same sets of the caches.
+
+// Classes whose exponentials are added in acc before they are added to the other blocks' sum.
+constexpr int64_t kClassBlock = 64;
+template <typename acc>
+constexpr acc kSmallest = acc(0);
+template <>
+constexpr float kSmallest<float> = -__FLT_MAX__;
+template <>
+constexpr double kSmallest<double> = -__DBL_MAX__;
+
+// The coefficients of class c of the vector of rows from i on, of which the first k exist.
+template <Terms kTerms, typename acc, typename P>
+NLLX_INLINE Vec<acc> tile_coefficients(const ClassTerms<acc, P>& t, int64_t c, int i, int k) {
+  if constexpr (kTerms == Terms::kWeighted) return broadcast(t.uniform * t.weight[c]);
+  Vec<acc> a = broadcast(t.uniform);
+  if constexpr (kTerms == Terms::kProbabilities) {
+    a += t.scale * load_some(t.probabilities + c * t.stride + i, k, acc(0));
+    if (t.weight) a *= t.weight[c];
+  }
+  return a;
+}
+
+// The sum of what earlier blocks of classes gave: what the additions round off is kept, since blocks may be thousands.
+template <typename acc>
+struct BlockTotals {
+  alignas(64) acc max[kTile], sum[kTile], rest[kTile];
+};
+
+// -|v|
+NLLX_INLINE Vec<float> minus_abs(Vec<float> v) {
+  return bit_cast<Vec<float>>(bit_cast<Mask<float>>(v) | static_cast<int32_t>(0x80000000u));
+}
+NLLX_INLINE Vec<double> minus_abs(Vec<double> v) {
+  return bit_cast<Vec<double>>(bit_cast<Mask<double>>(v) | static_cast<int64_t>(0x8000000000000000ull));
+}
+
+// Adds class c, whose logits are x, to the sums of a tile, and keeps those of rows whose target it is (looking them up
+// later would read most of the tile from memory once more). `next` is prefetched.
+template <Terms kTerms, bool kTarget, typename T, typename acc, typename P>
+NLLX_INLINE void add_class(const T* x, const T* next, int64_t c, int width, const ClassTerms<acc, P>& terms,
+                           acc mass_before, TileSums<acc>& s, const TileTargets<acc>* targets, acc* target_logits) {
+  const auto add = [&](int i, int k) __attribute__((always_inline)) {
+    prefetch(next + i);
+    const Vec<acc> v = load_some(x + i, k, acc(0)), m = load(s.max + i), sum = load(s.sum + i);
+    const Vec<acc> d = v - m, one = broadcast(acc(1)), e = exp_vec(minus_abs(d));
+    const Mask<acc> above = v > m;
+    store(s.max + i, select(above, v, m));
+    store(s.sum + i, select(above, sum, one) * e + select(above, one, sum));
+    if constexpr (kTarget) {
+      Mask<acc> index;
+      memcpy(&index, targets->index + i, sizeof index);
+      const Mask<acc> hit = index == static_cast<typename VecOf<acc>::integer>(c);
+      store(target_logits + i, select(hit, v, load(target_logits + i)));
+    }
+    if constexpr (kTerms == Terms::kUniform || kTerms == Terms::kWeighted) {
+      // Σ a (x - m) with the new maximum; before the first class there is none to move from.
+      const Vec<acc> moved = select(above, -d, Vec<acc>{}), from_new = select(above, Vec<acc>{}, d);
+      Vec<acc> dot = load(s.dot + i);
+      if (c > 0) dot += mass_before * moved;
+      const acc a = smoothing_term<kTerms>(terms, c);
+      store(s.dot + i, dot + (kTerms == Terms::kUniform ? a * from_new : weighted_vec<acc>(broadcast(a), from_new)));
+    } else if constexpr (kTerms == Terms::kProbabilities) {
+      const Vec<acc> a = tile_coefficients<kTerms>(terms, c, i, k), mass = load(s.mass + i);
+      const Vec<acc> moved = select(above, -d, Vec<acc>{}), from_new = select(above, Vec<acc>{}, d);
+      const Vec<acc> before = select(mass == acc(0), Vec<acc>{}, mass * moved);
+      store(s.dot + i, load(s.dot + i) + before + weighted_vec<acc>(a, from_new));
+      store(s.mass + i, mass + a);
+    }
+  };
+  int i = 0;
+  for (; i + kLanes<acc> <= width; i += kLanes<acc>) add(i, kLanes<acc>);
+  if (i < width) add(i, width - i);
+}
+
+// Moves the sums of a block of classes to the totals.
+template <typename acc>
+NLLX_INLINE void end_block(int width, TileSums<acc>& s, BlockTotals<acc>& t, bool first) {
+  NLLX_FOR_VECTORS(i, k, width) {
+    const Vec<acc> max = load(s.max + i), block = load(s.sum + i);
+    Vec<acc> sum{}, rest{};
+    if (!first) {
+      const Vec<acc> factor = exp_vec(load(t.max + i) - max);
+      sum = load(t.sum + i) * factor;
+      rest = load(t.rest + i) * factor;
+    }
+    const Vec<acc> total = sum + block, added = total - sum;
+    store(t.rest + i, rest + ((sum - (total - added)) + (block - added)));
+    store(t.sum + i, total);
+    store(t.max + i, max);
+    store(s.sum + i, Vec<acc>{});
+  }
+}
+
+// The sums of a tile. x: the logits of class 0; next: those of the tile that comes next.
+template <Terms kTerms, bool kTarget, typename T, typename acc, typename P>
+NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t classes, int width,
+                            const ClassTerms<acc, P>& terms, TileSums<acc>& s,
+                            const TileTargets<acc>* targets = nullptr, acc* target_logits = nullptr) {
+  NLLX_FOR_VECTORS(i, k, width) {
+    store(s.max + i, broadcast(kSmallest<acc>));
+    store(s.sum + i, Vec<acc>{});
+    store(s.dot + i, Vec<acc>{});
+    store(s.mass + i, Vec<acc>{});
+    if constexpr (kTarget) store(target_logits + i, Vec<acc>{});
+  }
+  BlockTotals<acc> totals;
+  double mass = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* xc = x + c * stride;
+    add_class<kTerms, kTarget, T, acc, P>(xc, c + 1 < classes ? xc + stride : next, c, width, terms,
+                                          static_cast<acc>(mass), s, targets, target_logits);
+    if constexpr (kTerms == Terms::kUniform || kTerms == Terms::kWeighted) {
+      mass += static_cast<double>(smoothing_term<kTerms>(terms, c));
+    }
+    if (classes > kClassBlock && (c % kClassBlock == kClassBlock - 1 || c == classes - 1)) {
+      end_block(width, s, totals, c < kClassBlock);
+    }
+  }
+  NLLX_FOR_VECTORS(i, k, width) {
+    const Vec<acc> max = load(s.max + i);
+    Vec<acc> sum = load(s.sum + i);
+    if (classes > kClassBlock) {
+      const Vec<acc> total = load(totals.sum + i), rest = load(totals.rest + i);
+      sum = select(rest == rest, total + rest, total);  // infinity and NaN leave NaN in what is rounded off
+    }
+    // exp(inf - inf) is NaN as in torch; a row of nothing but -inf has none above the smallest number.
+    store(s.sum + i, select(max == -kLowest<acc>, max - max, sum));
+    store(s.max + i, select((max == kSmallest<acc>)&(sum == acc(0)), Vec<acc>{}, max));
+    if constexpr (kTerms != Terms::kProbabilities) store(s.mass + i, broadcast(static_cast<acc>(mass)));
+  }
+}
+
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
+                                  ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  TileSums<acc> s;
+  TileTargets<acc> targets;
+  alignas(64) acc target_logits[kTile];
+  const int64_t stride = p.logits_strides.classes;
+  for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+    const Tile tile = tile_of(p.extent, unit);
+    const T* x = static_cast<const T*>(p.logits) + tile.outer * p.logits_strides.outer + tile.inner;
+    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
+    constexpr bool kTarget = kTerms != Terms::kProbabilities;
+    if constexpr (kTarget) read_targets(p.targets, p.extent.classes, tile.row, tile.width, targets, result);
+    sum_planes<kTerms, kTarget, T, acc, P>(x, x + kTile, stride, p.extent.classes, tile.width, terms, s, &targets,
+                                           target_logits);
+    finish_forward_tile<T, kTerms>(p, tile.row, tile.width, terms.scale, targets, target_logits, s, result);
+  }
+}
+
+// ---- backward ----
+
+// The gradient of class c of a tile; it may lie over the logits x. kAll: all rows count.
+template <Terms kTerms, bool kAll, bool kStream, typename T, typename acc, typename P>
+NLLX_INLINE void gradient_of_class(const T* x, const T* next, int64_t c, int width, const ClassTerms<acc, P>& terms,
+                                   const TileTargets<acc>& targets, const TileGradient<acc>& s, T* grad) {
+  constexpr bool kIndex = kTerms != Terms::kProbabilities;
+  const auto gradient = [&](int i, int k) __attribute__((always_inline)) {
+    prefetch(next + i);
+    Vec<acc> g = load(s.factor + i) * exp_vec(load_some(x + i, k, acc(0)) - load(s.max + i));
+    Mask<acc> index;
+    if constexpr (kIndex) {
+      memcpy(&index, targets.index + i, sizeof index);
+      const Mask<acc> hit = index == static_cast<typename VecOf<acc>::integer>(c);
+      g = select(hit, g - load(s.at_target + i), g);
+    }
+    if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, i, k);
+    if constexpr (kIndex && !kAll) g = select(index >= 0, g, Vec<acc>{});
+    return g;
+  };
+  int i = 0;
+  for (; i + kLanes<acc> <= width; i += kLanes<acc>) {
+    const Vec<acc> g = gradient(i, kLanes<acc>);
+    if constexpr (kStream) {
+      stream(grad + i, g);
+    } else {
+      store(grad + i, g);
+    }
+  }
+  if (i < width) store_some(grad + i, gradient(i, width - i), width - i);
+}
+
+template <Terms kTerms, bool kAll, bool kStream, typename T, typename acc, typename P>
+void gradient_of_planes(const T* x, const T* next, int64_t stride, int64_t classes, int width,
+                        const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets, const TileGradient<acc>& s,
+                        T* grad, int64_t grad_stride) {
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* xc = x + c * stride;
+    gradient_of_class<kTerms, kAll, kStream, T, acc, P>(xc, c + 1 < classes ? xc + stride : next, c, width, terms,
+                                                        targets, s, grad + c * grad_stride);
+  }
+}
+
+template <typename T, Terms kTerms, typename P>
+void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
+                                   ChunkResult& result) {
+  using acc = typename AccOf<T>::type;
+  TileGradient<acc> s;
+  TileTargets<acc> targets;
+  // Lanes beyond the width of a tile are computed too, and dropped.
+  memset(&s, 0, sizeof s);
+  const int64_t classes = p.extent.classes, stride = p.logits_strides.classes, grad_stride = p.grad_strides.classes;
+  const bool stream = chunks.stream && planes_are_aligned<T>(p.grad_logits, p.grad_strides);
+  for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+    const Tile tile = tile_of(p.extent, unit);
+    const T* x = static_cast<const T*>(p.logits) + tile.outer * p.logits_strides.outer + tile.inner;
+    T* grad = static_cast<T*>(p.grad_logits) + tile.outer * p.grad_strides.outer + tile.inner;
+    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
+    if constexpr (kTerms == Terms::kProbabilities) {
+      NLLX_FOR_VECTORS(i, k, tile.width) {
+        Vec<acc> mass{};
+        for (int64_t start = 0; start < classes; start += kClassBlock) {
+          const int64_t end = classes - start < kClassBlock ? classes : start + kClassBlock;
+          Vec<acc> block{};
+          for (int64_t c = start; c < end; ++c) block += tile_coefficients<kTerms>(terms, c, i, k);
+          mass += block;
+        }
+        store(s.at_target + i, mass);
+      }
+    } else {
+      read_targets(p.targets, classes, tile.row, tile.width, targets, result);
+    }
+    begin_backward_tile<kTerms>(p, tile.row, tile.width, terms, targets, s);
+    const bool all = kTerms == Terms::kProbabilities || targets.all_count;
+    const auto run = all ? (stream ? gradient_of_planes<kTerms, true, true, T, acc, P>
+                                   : gradient_of_planes<kTerms, true, false, T, acc, P>)
+                         : (stream ? gradient_of_planes<kTerms, false, true, T, acc, P>
+                                   : gradient_of_planes<kTerms, false, false, T, acc, P>);
+    run(x, x + kTile, stride, classes, tile.width, terms, targets, s, grad, grad_stride);
+  }
+  if (stream) end_stream();
+}
