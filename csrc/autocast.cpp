@@ -29,13 +29,38 @@ OptionalTensor cast_weight(const OptionalTensor& weight, c10::DeviceType device)
 
 template <c10::DeviceType device>
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("nllx::cross_entropy", "")
                              .typed<decltype(cross_entropy<device>)>();
   return op.call(logits, target, cast_weight(weight, device), reduction, ignore_index, label_smoothing,
+                 float32_loss(logits, target, weight, dtype), inplace_backward);
+}
+
+template <c10::DeviceType device>
+std::tuple<Tensor, Tensor> cross_entropy_value_and_grad(const Tensor& logits, const Tensor& target,
+                                                        const OptionalTensor& weight, int64_t reduction,
+                                                        c10::SymInt ignore_index, double label_smoothing,
+                                                        OptionalDtype dtype) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("nllx::cross_entropy_value_and_grad", "")
+                             .typed<decltype(cross_entropy_value_and_grad<device>)>();
+  return op.call(logits, target, cast_weight(weight, device), reduction, ignore_index, label_smoothing,
                  float32_loss(logits, target, weight, dtype));
+}
+
+template <c10::DeviceType device>
+Tensor cross_entropy_value_and_grad_out(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                                        OptionalDtype dtype, Tensor& out) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("nllx::cross_entropy_value_and_grad_out", "")
+                             .typed<decltype(cross_entropy_value_and_grad_out<device>)>();
+  return op.call(logits, target, cast_weight(weight, device), reduction, ignore_index, label_smoothing,
+                 float32_loss(logits, target, weight, dtype), out);
 }
 
 template <c10::DeviceType device>
@@ -63,13 +88,13 @@ bool enabled(c10::DeviceType device) {
 // operator's first output: CompositeImplicitAutograd would run the C++ autograd function, which functorch cannot
 // differentiate.
 Tensor cross_entropy_functorch(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                               OptionalDtype dtype) {
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
+                               bool inplace_backward) {
   const c10::DeviceType device = logits.device().type();
   if (enabled(device)) {
     return (device == c10::kCPU ? cross_entropy<c10::kCPU>
                                 : cross_entropy<c10::kCUDA>)(logits, target, weight, reduction, std::move(ignore_index),
-                                                             label_smoothing, dtype);
+                                                             label_smoothing, dtype, inplace_backward);
   }
   return std::get<0>(
       cross_entropy_forward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype));
@@ -95,10 +120,14 @@ Tensor log_softmax_functorch(const Tensor& input, int64_t dim, OptionalDtype dty
 TORCH_LIBRARY_IMPL(nllx, AutocastCPU, m) {
   m.impl("cross_entropy", &cross_entropy<c10::kCPU>);
   m.impl("nll_loss", &nll_loss<c10::kCPU>);
+  m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad<c10::kCPU>);
+  m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out<c10::kCPU>);
 }
 TORCH_LIBRARY_IMPL(nllx, AutocastCUDA, m) {
   m.impl("cross_entropy", &cross_entropy<c10::kCUDA>);
   m.impl("nll_loss", &nll_loss<c10::kCUDA>);
+  m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad<c10::kCUDA>);
+  m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out<c10::kCUDA>);
   m.impl("log_softmax", &log_softmax_cuda);
 }
 

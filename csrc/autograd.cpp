@@ -1,9 +1,11 @@
 // Autograd of every operator, in C++, so that a training step runs no Python. The kernels give the first derivative
 // with respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to
 // probability targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -34,6 +36,12 @@ bool any_has_tangent(const Tensors&... tensors) {
   return (has_tangent(tensors) || ...);
 }
 
+// Seen by a compiler or another mode, which need not have the memory that is written to.
+bool is_traced(const Tensor& t) {
+  return t.key_set().has_any(c10::python_ks | c10::DispatchKeySet(c10::DispatchKey::Functionalize)) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
@@ -57,7 +65,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
-                        std::tuple<Tensor&, Tensor&> statistics) {
+                        std::tuple<Tensor&, Tensor&> statistics, bool inplace_backward) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [row_stats, total_weight] = statistics;
     Tensor loss;
@@ -68,13 +76,25 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->saved_data["inplace_backward"] = inplace_backward;
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(8);
+    variable_list result(9);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
+    // A gradient that is itself differentiated needs the logits.
+    if (ctx->saved_data["inplace_backward"].toBool() && !at::GradMode::is_enabled() && !is_traced(saved[0]) &&
+        !is_traced(grads[0]) && !any_has_tangent(grads[0], saved[0], saved[1])) {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      Tensor logits = saved[0].detach();
+      saved[0].unsafeGetTensorImpl()->bump_version();  // whoever saved them, a second backward too, notices
+      result[0] = cross_entropy_backward_out(
+          grads[0], logits, saved[1], or_none(saved[2]), saved[3], saved[4], ctx->saved_data["reduction"].toInt(),
+          ctx->saved_data["ignore_index"].toSymInt(), ctx->saved_data["label_smoothing"].toDouble(), logits);
+      return result;
+    }
     result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], saved[4],
                                        ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toSymInt(),
                                        ctx->saved_data["label_smoothing"].toDouble());
@@ -99,8 +119,55 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
   }
   Tensor row_stats, total_weight;
   const Tensor loss = CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                                  dtype, std::tie(row_stats, total_weight));
+                                                  dtype, std::tie(row_stats, total_weight), false);
   return {loss, row_stats, total_weight};
+}
+
+Tensor cross_entropy_inplace_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                      int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                                      OptionalDtype dtype) {
+  // Compilers plan the memory themselves; other derivatives need the logits.
+  if (!requires_grad(logits) || is_traced(logits) || any_has_tangent(logits, target, weight) ||
+      any_requires_grad(target, weight)) {
+    return std::get<0>(cross_entropy_forward_autograd(logits, target, weight, reduction, std::move(ignore_index),
+                                                      label_smoothing, dtype));
+  }
+  TORCH_CHECK(!logits.is_leaf(),
+              "cross_entropy: inplace_backward writes the gradient over the logits, but logits is "
+              "a leaf Variable that requires grad; call cross_entropy without inplace_backward, or give it the output "
+              "of a layer");
+  at::assert_no_internal_overlap(logits);
+  Tensor row_stats, total_weight;
+  return CrossEntropyFunction::apply(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype,
+                                     std::tie(row_stats, total_weight), true);
+}
+
+// The gradient is computed at once; results have no graph.
+std::tuple<Tensor, Tensor> cross_entropy_value_and_grad_autograd(const Tensor& logits, const Tensor& target,
+                                                                 const OptionalTensor& weight, int64_t reduction,
+                                                                 c10::SymInt ignore_index, double label_smoothing,
+                                                                 OptionalDtype dtype) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("nllx::cross_entropy_value_and_grad", "")
+                             .typed<decltype(cross_entropy_value_and_grad_autograd)>();
+  return op.call(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype);
+}
+
+Tensor cross_entropy_value_and_grad_out_autograd(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction,
+                                                 c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
+                                                 Tensor& out) {
+  TORCH_CHECK(!(requires_grad(out) && out.is_leaf()),
+              "cross_entropy_value_and_grad: out is a leaf Variable that requires grad; it would lose its values: give "
+              "out.detach(), or another tensor");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("nllx::cross_entropy_value_and_grad_out", "")
+                             .typed<decltype(cross_entropy_value_and_grad_out_autograd)>();
+  Tensor loss = op.call(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype, out);
+  if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();
+  return loss;
 }
 
 Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -233,6 +300,8 @@ Tensor log_softmax_backward_autograd(const Tensor& grad_output, const Tensor& ou
 TORCH_LIBRARY_IMPL(nllx, Autograd, m) {
   m.impl("cross_entropy_forward", &cross_entropy_forward_autograd);
   m.impl("cross_entropy_backward", &cross_entropy_backward_autograd);
+  m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad_autograd);
+  m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out_autograd);
   m.impl("nll_loss_forward", &nll_loss_forward_autograd);
   m.impl("nll_loss_backward", &nll_loss_backward_autograd);
   m.impl("log_softmax_forward", &log_softmax_forward_autograd);

@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
 #include <sstream>
@@ -154,6 +155,18 @@ void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel,
               op, ": grad_output must be floating point with ", numel, " elements (the loss has) on ", input.device(),
               ", but got shape ", grad_output.sizes(), " of dtype ", grad_output.scalar_type(), " on ",
               grad_output.device());
+}
+
+void check_out(const char* op, const Tensor& out, const Tensor& input, const Tensor& target,
+               const std::optional<Tensor>& weight) {
+  TORCH_CHECK(
+      out.sizes() == input.sizes() && out.scalar_type() == input.scalar_type() && out.device() == input.device(), op,
+      ": out must have shape ", input.sizes(), " and dtype ", input.scalar_type(), " on ", input.device(),
+      ", as logits has, but got ", out.sizes(), " and ", out.scalar_type(), " on ", out.device());
+  at::assert_no_internal_overlap(out);
+  at::assert_no_partial_overlap(out, input);
+  at::assert_no_overlap(out, target);
+  if (weight.has_value() && weight->defined()) at::assert_no_overlap(out, *weight);
 }
 
 FloatType float_type(const char* op, const char* name, ScalarType dtype) {

@@ -37,6 +37,11 @@ void check_saved(const char* op, const char* name, const at::Tensor& tensor, at:
                  const at::Tensor& input);
 void check_grad_output(const char* op, const at::Tensor& grad_output, int64_t numel, const at::Tensor& input);
 
+// The tensor that a gradient is written to: shape, dtype and device of the input, every element once; it may be the
+// input, but not a part of it, and not one of the other tensors.
+void check_out(const char* op, const at::Tensor& out, const at::Tensor& input, const at::Tensor& target,
+               const std::optional<at::Tensor>& weight);
+
 // The dtypes that have kernels: float32, float64, bfloat16, float16; anything else raises NotImplementedError.
 FloatType float_type(const char* op, const char* name, at::ScalarType dtype);
 // Index targets: int64, int32, int16, int8, uint8.

@@ -16,14 +16,24 @@ using at::Tensor;
 
 TORCH_LIBRARY(nllx, m) {
   // The losses: what users call. `dtype` is that of the loss, by default torch's; float32 keeps the loss of
-  // half-precision logits from being rounded to half precision.
+  // half-precision logits from being rounded to half precision. `inplace_backward`: the gradient may be written over
+  // the logits.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "
-      "float label_smoothing=0.0, ScalarType? dtype=None) -> Tensor");
+      "float label_smoothing=0.0, ScalarType? dtype=None, bool inplace_backward=False) -> Tensor");
   m.def(
       "nll_loss(Tensor log_probs, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "
       "ScalarType? dtype=None) -> Tensor");
   m.def("log_softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor");
+
+  // Loss and gradient of the logits at once, for training steps without autograd's graph. The gradient goes to `out`,
+  // which may be the logits.
+  m.def(
+      "cross_entropy_value_and_grad(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, SymInt "
+      "ignore_index=-100, float label_smoothing=0.0, ScalarType? dtype=None) -> (Tensor loss, Tensor grad)");
+  m.def(
+      "cross_entropy_value_and_grad_out(Tensor logits, Tensor target, Tensor? weight, int reduction, SymInt "
+      "ignore_index, float label_smoothing, ScalarType? dtype, Tensor(a!) out) -> Tensor loss");
 
   // What they are made of: forward kernels with what the backward needs, and the backward kernels.
   // row_stats: (..., 2), for each row its maximum m and log Σ exp(x - m); zeros for ignored rows. float64 for float64
@@ -36,6 +46,10 @@ TORCH_LIBRARY(nllx, m) {
   m.def(
       "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor row_stats, "
       "Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing) -> Tensor");
+  m.def(
+      "cross_entropy_backward.out(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor row_stats, "
+      "Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing, *, Tensor(a!) out) -> "
+      "Tensor(a!)");
   m.def(
       "nll_loss_forward(Tensor log_probs, Tensor target, Tensor? weight=None, int reduction=1, SymInt "
       "ignore_index=-100, "
@@ -98,6 +112,16 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, c
                  label_smoothing);
 }
 
+Tensor& cross_entropy_backward_out(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                   const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
+                                   int64_t reduction, c10::SymInt ignore_index, double label_smoothing, Tensor& out) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("nllx::cross_entropy_backward", "out")
+                             .typed<decltype(cross_entropy_backward_out)>();
+  return op.call(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing,
+                 out);
+}
+
 std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
                                             int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype) {
   static const auto op =
@@ -130,9 +154,15 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 
 namespace {
 
+// Calls the autograd of the forward operator without another turn through the dispatcher.
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype) {
-  return std::get<0>(cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype));
+                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
+  if (inplace_backward) {
+    return cross_entropy_inplace_backward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing,
+                                          dtype);
+  }
+  return std::get<0>(cross_entropy_forward_autograd(logits, target, weight, reduction, std::move(ignore_index),
+                                                    label_smoothing, dtype));
 }
 
 Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,

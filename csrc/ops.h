@@ -28,6 +28,19 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& lo
                              c10::SymInt ignore_index);
 at::Tensor log_softmax_forward(const at::Tensor& input, int64_t dim);
 at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim);
+// The gradient is written to `out`, which may be the logits.
+at::Tensor& cross_entropy_backward_out(const at::Tensor& grad_output, const at::Tensor& logits,
+                                       const at::Tensor& target, const OptionalTensor& weight,
+                                       const at::Tensor& row_stats, const at::Tensor& total_weight, int64_t reduction,
+                                       c10::SymInt ignore_index, double label_smoothing, at::Tensor& out);
+
+// With autograd: what nllx::cross_entropy and nllx::nll_loss are.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_autograd(
+    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+    c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype);
+at::Tensor cross_entropy_inplace_backward(const at::Tensor& logits, const at::Tensor& target,
+                                          const OptionalTensor& weight, int64_t reduction, c10::SymInt ignore_index,
+                                          double label_smoothing, OptionalDtype dtype);
 
 // cpu/
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(const at::Tensor& logits,
@@ -45,6 +58,15 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& log_pr
 at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor& log_probs, const at::Tensor& target,
                                  const OptionalTensor& weight, const at::Tensor& total_weight, int64_t reduction,
                                  int64_t ignore_index);
+at::Tensor& cross_entropy_backward_out_cpu(const at::Tensor& grad_output, const at::Tensor& logits,
+                                           const at::Tensor& target, const OptionalTensor& weight,
+                                           const at::Tensor& row_stats, const at::Tensor& total_weight,
+                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                           at::Tensor& out);
+std::tuple<at::Tensor, at::Tensor> cross_entropy_value_and_grad_cpu(const at::Tensor& logits, const at::Tensor& target,
+                                                                    const OptionalTensor& weight, int64_t reduction,
+                                                                    int64_t ignore_index, double label_smoothing,
+                                                                    OptionalDtype dtype);
 at::Tensor log_softmax_forward_cpu(const at::Tensor& input, int64_t dim);
 at::Tensor log_softmax_backward_cpu(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim);
 

@@ -242,6 +242,42 @@ def _cross_entropy_backward(
     return torch.empty_like(logits)
 
 
+def _cross_entropy_value_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    loss = _cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]
+    if reduction == _NONE:
+        raise ValueError("cross_entropy: reduction 'none' gives one loss per row, which has no gradient")
+    return loss, torch.empty_like(logits)
+
+
+def _cross_entropy_value_and_grad_out(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype | None,
+    out: Tensor,
+) -> Tensor:
+    loss, grad = _cross_entropy_value_and_grad(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+    torch._check(
+        out.shape == grad.shape and out.dtype == grad.dtype and out.device == grad.device,
+        lambda: (
+            f"cross_entropy: out must have shape {list(logits.shape)} and dtype {logits.dtype} on {logits.device}, as logits "
+            f"has, but got {list(out.shape)} and {out.dtype} on {out.device}"
+        ),
+    )
+    return loss
+
+
 def _nll_loss_forward(
     log_probs: Tensor,
     target: Tensor,
@@ -290,6 +326,8 @@ def register() -> None:
     for fake in (
         _cross_entropy_forward,
         _cross_entropy_backward,
+        _cross_entropy_value_and_grad,
+        _cross_entropy_value_and_grad_out,
         _nll_loss_forward,
         _nll_loss_backward,
         _log_softmax_forward,

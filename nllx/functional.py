@@ -12,10 +12,12 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-__all__ = ["cross_entropy", "log_softmax", "nll_loss"]
+__all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "nll_loss"]
 
 # Bound once: looking an overload up costs as much as a small kernel.
 _cross_entropy = torch.ops.nllx.cross_entropy.default
+_cross_entropy_value_and_grad = torch.ops.nllx.cross_entropy_value_and_grad.default
+_cross_entropy_value_and_grad_out = torch.ops.nllx.cross_entropy_value_and_grad_out.default
 _nll_loss = torch.ops.nllx.nll_loss.default
 _log_softmax = torch.ops.nllx.log_softmax.default
 
@@ -67,6 +69,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Cross entropy between logits and targets, like :func:`torch.nn.functional.cross_entropy`, in one pass over the logits.
 
@@ -95,6 +99,13 @@ def cross_entropy(
         reduction: ``"mean"`` divides the sum by the sum of :math:`w_y` over the rows that count (index targets) or by the
             number of rows (probabilities); ``"sum"``; ``"none"`` returns one loss per row.
         label_smoothing: :math:`\varepsilon` in [0, 1].
+        inplace_backward: Write the gradient over the logits, which saves its memory and the time to map it. Safe where
+            nothing reads the logits after ``backward()``: a linear layer in front of the loss does not, but metrics made
+            from them later, and activations that save their output (``tanh``, ``softmax``), do. Autograd notices most
+            misuse, since the logits' version counter rises: another backward through the same graph, or through one that
+            saved the logits, raises RuntimeError. The logits must be the output of an operation, not a leaf, and not
+            expanded. Where the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and
+            ``torch.compile``, it is a fresh tensor as ever.
 
     Returns:
         A scalar, or with ``"none"`` a tensor of the shape of index targets, in the dtype of ``input`` (promoted with that of
@@ -120,6 +131,7 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            inplace_backward=inplace_backward,
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -131,7 +143,74 @@ def cross_entropy(
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
+    if inplace_backward:
+        return _cross_entropy(
+            input,
+            target,
+            weight,
+            _Reduction.get_enum(reduction),
+            ignore_index,
+            label_smoothing,
+            inplace_backward=True,
+        )
     return _cross_entropy(input, target, weight, _Reduction.get_enum(reduction), ignore_index, label_smoothing)
+
+
+def cross_entropy_value_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Loss and gradient of the logits at once, without a graph: the logits are read from memory once, the gradient written.
+
+    The gradient is :math:`k (A \operatorname{softmax}(x) - a)` with the coefficients :math:`a_c` of :math:`-l_c` in the loss
+    (see :func:`cross_entropy`), :math:`A` their sum over the classes, and :math:`k` one over the divisor of the mean. To go on
+    backward from the logits: ``logits.backward(grad)``.
+
+    Args:
+        logits, target, weight, ignore_index, label_smoothing: As in :func:`cross_entropy`.
+        reduction: ``"mean"`` or ``"sum"``.
+        out: Where the gradient goes: a tensor of the shape, dtype and device of ``logits``, which may be ``logits``
+            themselves (their values are then lost; autograd sees it as an in-place change), but neither a part of them nor
+            a leaf that requires grad.
+
+    Returns:
+        The loss, as from :func:`cross_entropy`, and the gradient (``out``, if given). Neither requires grad. On a GPU they are
+        two kernels, one after the other.
+
+    Raises:
+        IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`; ValueError for
+            reduction ``"none"``. A class index out of range raises before anything is written (not on a GPU).
+    """
+    tensors = (logits, target, weight, out)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            cross_entropy_value_and_grad,
+            tensors,
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            out=out,
+        )
+    _check_tensors("cross_entropy", input=logits, target=target, weight=weight)
+    if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
+        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
+    number = _Reduction.get_enum(reduction)
+    if out is None:
+        return _cross_entropy_value_and_grad(logits, target, weight, number, ignore_index, label_smoothing)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"cross_entropy(): argument 'out' must be Tensor, not {type(out).__name__}")
+    loss = _cross_entropy_value_and_grad_out(logits, target, weight, number, ignore_index, label_smoothing, None, out)
+    return loss, out
 
 
 def nll_loss(

@@ -21,7 +21,24 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: In [0, 1].
+        inplace_backward: Write the gradient over the logits; see :func:`nllx.functional.cross_entropy` for when it is safe.
     """
+
+    inplace_backward: bool = False  # of modules pickled before there was the option, and of torch's own
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -31,6 +48,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            inplace_backward=self.inplace_backward,
         )
 
 

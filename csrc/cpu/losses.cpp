@@ -1,5 +1,6 @@
 // CPU entries of cross_entropy and nll_loss: checks, problem, chunks, kernel, reduction.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -57,6 +58,29 @@ ChunkResult run_forward(const CrossEntropyForward& p, int type) {
   return total;
 }
 
+void set_forward(CrossEntropyForward& p, const LossProblem& loss, const Arrays& arrays, const Tensor& row_stats) {
+  p.extent = arrays.extent;
+  p.layout = arrays.layout;
+  p.logits = loss.input.const_data_ptr();
+  p.logits_strides = arrays.strides[0];
+  p.targets = loss.targets;
+  p.row_stats = row_stats.mutable_data_ptr();
+}
+
+// All but the incoming gradient.
+void set_backward(CrossEntropyBackward& p, const LossProblem& loss, const Arrays& arrays, const Tensor& grad,
+                  const Tensor& row_stats, const Tensor& total_weight, int64_t reduction) {
+  p.extent = arrays.extent;
+  p.layout = arrays.layout;
+  p.logits = loss.input.const_data_ptr();
+  p.logits_strides = arrays.strides[0];
+  p.targets = loss.targets;
+  p.row_stats = row_stats.const_data_ptr();
+  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
+  p.grad_logits = grad.mutable_data_ptr();
+  p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
+}
+
 // The mean over nothing is NaN, as torch has it.
 void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
             Tensor& total_weight) {
@@ -86,14 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
   } else if (loss.rows() > 0) {
     CrossEntropyForward p;
     const Arrays arrays = share_layout(loss, nullptr);
-    p.extent = arrays.extent;
-    p.layout = arrays.layout;
-    p.logits = loss.input.const_data_ptr();
-    p.logits_strides = arrays.strides[0];
-    p.targets = loss.targets;
+    set_forward(p, loss, arrays, row_stats);
     if (static_cast<Reduction>(reduction) == Reduction::kNone) p.row_loss = result.mutable_data_ptr();
     p.row_loss_is_acc = loss.loss_is_acc();
-    p.row_stats = row_stats.mutable_data_ptr();
     total = run_forward(p, static_cast<int>(loss.float_type()));
     raise_if_bad(total, args, loss);
   }
@@ -101,36 +120,145 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
   return {result, row_stats, total_weight};
 }
 
+namespace {
+
+// The gradient, in `out` where that is defined.
+Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& args, const Tensor& row_stats,
+                              const Tensor& total_weight, const Tensor& out) {
+  LossProblem loss = make_loss_problem(args, std::nullopt);
+  CrossEntropyBackward p;
+  const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, p.grad_output, p.grad_output_stride);
+  check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), args.input);
+  check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, args.input);
+  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
+  Tensor grad = direct ? out : empty_like_large(loss.input);
+  if (loss.rows() > 0) {
+    Tensor computed = grad;
+    const Arrays arrays = share_layout(loss, &computed);
+    const Tensor contiguous_stats = row_stats.contiguous();
+    set_backward(p, loss, arrays, computed, contiguous_stats, total_weight, args.reduction);
+    Chunks chunks(p.extent, p.layout, /*split_rows=*/!loss.probabilities_given);
+    chunks.stream = is_streamed(computed) && p.grad_logits != p.logits;
+    const auto kernel = cpu_capability().kernels->cross_entropy_backward[static_cast<int>(loss.float_type())];
+    raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
+                 loss);
+    if (!computed.is_same(grad)) grad.copy_(computed);
+  }
+  if (!out.defined()) return grad.to(args.input.scalar_type());
+  if (!direct) out.copy_(grad);
+  return out;
+}
+
+// The divisor of the mean, before any row is looked at. A class out of range raises.
+double divisor_of(const LossProblem& loss, const LossArguments& args) {
+  if (loss.probabilities_given) return loss.probability_rows();
+  Extent targets{loss.rows(), 1, 1};
+  const Chunks chunks(targets, Layout::kRows);
+  const int64_t classes = args.input.size(loss.class_dim);
+  const Targets& t = loss.targets;
+  const auto weight_of = [&](int64_t y) {
+    if (!t.weight) return 1.;
+    return loss.acc_dtype == at::kDouble ? static_cast<const double*>(t.weight)[y]
+                                         : static_cast<double>(static_cast<const float*>(t.weight)[y]);
+  };
+  const ChunkResult total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
+    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+      const int64_t y = load_index(t.index, t.index_type, row);
+      if (y == t.ignore_index) continue;
+      if (is_class(y, classes)) {
+        r.weight += weight_of(y);
+      } else if (r.bad_target < 0) {
+        r.bad_target = row;
+      }
+    }
+  });
+  raise_if_bad(total, args, loss);
+  return index_divisor(t, total.weight);
+}
+
+// Loss and gradient: the forward and the backward kernel take turns, so that the second finds in the cache what the
+// first has read.
+std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDtype dtype, const Tensor& out) {
+  TORCH_CHECK_VALUE(static_cast<Reduction>(args.reduction) != Reduction::kNone, args.op,
+                    ": reduction 'none' gives one loss per row, which has no gradient; take 'mean' or 'sum'");
+  LossProblem loss = make_loss_problem(args, dtype);
+  if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
+  Tensor value = empty_loss(loss, args.reduction);
+  const auto acc = args.input.options().dtype(loss.acc_dtype);
+  const Tensor row_stats = at::empty(loss.stats_sizes(), acc), one = at::ones({}, acc);
+  Tensor total_weight = at::empty({}, acc);
+  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
+  Tensor grad = direct ? out : empty_like_large(loss.input);
+  const double divisor = divisor_of(loss, args);
+  ChunkResult total;
+  if (loss.rows() > 0 && args.input.numel() > 0) {
+    set_scalar(total_weight, divisor);
+    Tensor computed = grad;
+    const Arrays arrays = share_layout(loss, &computed);
+    CrossEntropyForward f;
+    set_forward(f, loss, arrays, row_stats);
+    CrossEntropyBackward b;
+    b.grad_output = one.const_data_ptr();
+    set_backward(b, loss, arrays, computed, row_stats, total_weight, args.reduction);
+    const int type = static_cast<int>(loss.float_type());
+    const CpuKernels& kernels = *cpu_capability().kernels;
+    Chunks chunks(f.extent, f.layout, /*split_rows=*/!loss.probabilities_given);
+    chunks.stream = is_streamed(computed) && b.grad_logits != b.logits;
+    if (chunks.segments > 1) {
+      total = run_forward(f, type);
+      sum_over_chunks(
+          chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_backward[type](b, chunks, chunk, r); });
+    } else {
+      total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
+        kernels.cross_entropy_forward[type](f, chunks, chunk, r);
+        ChunkResult same_targets;
+        kernels.cross_entropy_backward[type](b, chunks, chunk, same_targets);
+      });
+    }
+    if (!computed.is_same(grad)) grad.copy_(computed);
+  }
+  set_scalar(value, static_cast<Reduction>(args.reduction) == Reduction::kSum ? total.loss : total.loss / divisor);
+  if (!out.defined()) return {value, grad.to(args.input.scalar_type())};
+  if (!direct) out.copy_(grad);
+  return {value, out};
+}
+
+}  // namespace
+
 Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
                                   const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  return cross_entropy_gradient(
+      grad_output, {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing},
+      row_stats, total_weight, Tensor());
+}
+
+Tensor& cross_entropy_backward_out_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                       const OptionalTensor& weight, const Tensor& row_stats,
+                                       const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                       double label_smoothing, Tensor& out) {
   const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
                            weight,          reduction, ignore_index, label_smoothing};
-  LossProblem loss = make_loss_problem(args, std::nullopt);
-  CrossEntropyBackward p;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
-  check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), logits);
-  check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, logits);
-  Tensor grad = empty_like_large(loss.input);
-  if (loss.rows() == 0) return grad.to(logits.scalar_type());
-  Tensor computed = grad;
-  const Arrays arrays = share_layout(loss, &computed);
-  const Tensor contiguous_stats = row_stats.contiguous();
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.logits = loss.input.const_data_ptr();
-  p.logits_strides = arrays.strides[0];
-  p.targets = loss.targets;
-  p.row_stats = contiguous_stats.const_data_ptr();
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
-  p.grad_logits = computed.mutable_data_ptr();
-  p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
-  Chunks chunks(p.extent, p.layout, /*split_rows=*/!loss.probabilities_given);
-  chunks.stream = is_streamed(computed) && p.grad_logits != p.logits;
-  const auto kernel = cpu_capability().kernels->cross_entropy_backward[static_cast<int>(loss.float_type())];
-  raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
-               loss);
-  return finish_gradient(computed, grad, logits.scalar_type());
+  check_loss_arguments(args);
+  check_out(args.op, out, logits, target, weight);
+  cross_entropy_gradient(grad_output, args, row_stats, total_weight, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_value_and_grad_cpu(const Tensor& logits, const Tensor& target,
+                                                            const OptionalTensor& weight, int64_t reduction,
+                                                            int64_t ignore_index, double label_smoothing,
+                                                            OptionalDtype dtype) {
+  return value_and_grad(
+      {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing}, dtype,
+      Tensor());
+}
+
+Tensor cross_entropy_value_and_grad_out_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                            int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                            OptionalDtype dtype, Tensor& out) {
+  return std::get<0>(value_and_grad(
+      {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing}, dtype, out));
 }
 
 std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const Tensor& target,
@@ -190,6 +318,9 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
 TORCH_LIBRARY_IMPL(nllx, CPU, m) {
   m.impl("cross_entropy_forward", &cross_entropy_forward_cpu);
   m.impl("cross_entropy_backward", &cross_entropy_backward_cpu);
+  m.impl("cross_entropy_backward.out", &cross_entropy_backward_out_cpu);
+  m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad_cpu);
+  m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out_cpu);
   m.impl("nll_loss_forward", &nll_loss_forward_cpu);
   m.impl("nll_loss_backward", &nll_loss_backward_cpu);
 }

@@ -2,6 +2,7 @@
 // device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -88,9 +89,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
   return {result, row_stats, total_weight};
 }
 
-Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                                   const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
-                                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
+namespace {
+
+// The gradient, in `out` where that is defined.
+Tensor cross_entropy_gradient(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing, const Tensor& out) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(logits.device());
   const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
@@ -100,8 +104,10 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logi
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
   check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), logits);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, logits);
-  Tensor grad = at::empty_like(loss.input);
-  if (grad.numel() == 0) return grad.to(logits.scalar_type());
+  if (out.defined()) check_out(args.op, out, logits, target, weight);
+  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
+  Tensor grad = direct ? out : at::empty_like(loss.input);
+  if (grad.numel() == 0) return out.defined() ? out : grad.to(logits.scalar_type());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   Tensor computed = grad;
   const Arrays arrays = share_layout(loss, &computed);
@@ -119,7 +125,56 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logi
   C10_CUDA_CHECK(
       launch_cross_entropy_backward(p, loss.float_type(), mass.mutable_data_ptr(), bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
-  return finish_gradient(computed, grad, logits.scalar_type());
+  if (!out.defined()) return finish_gradient(computed, grad, logits.scalar_type());
+  if (!computed.is_same(out)) out.copy_(computed);
+  return out;
+}
+
+}  // namespace
+
+Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                   const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
+                                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  return cross_entropy_gradient(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
+                                label_smoothing, Tensor());
+}
+
+Tensor& cross_entropy_backward_out_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                        const OptionalTensor& weight, const Tensor& row_stats,
+                                        const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                                        double label_smoothing, Tensor& out) {
+  cross_entropy_gradient(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
+                         label_smoothing, out);
+  return out;
+}
+
+// Forward and backward, one after the other.
+std::tuple<Tensor, Tensor> cross_entropy_value_and_grad_cuda(const Tensor& logits, const Tensor& target,
+                                                             const OptionalTensor& weight, int64_t reduction,
+                                                             int64_t ignore_index, double label_smoothing,
+                                                             OptionalDtype dtype) {
+  TORCH_CHECK_VALUE(static_cast<Reduction>(reduction) != Reduction::kNone,
+                    "cross_entropy: reduction 'none' gives one loss per row, which has no gradient; take 'mean' or "
+                    "'sum'");
+  auto [loss, row_stats, total_weight] =
+      cross_entropy_forward_cuda(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  const Tensor one = at::ones({}, total_weight.options());
+  return {loss, cross_entropy_gradient(one, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
+                                       label_smoothing, Tensor())};
+}
+
+Tensor cross_entropy_value_and_grad_out_cuda(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                             int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                             OptionalDtype dtype, Tensor& out) {
+  TORCH_CHECK_VALUE(static_cast<Reduction>(reduction) != Reduction::kNone,
+                    "cross_entropy: reduction 'none' gives one loss per row, which has no gradient; take 'mean' or "
+                    "'sum'");
+  auto [loss, row_stats, total_weight] =
+      cross_entropy_forward_cuda(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  const Tensor one = at::ones({}, total_weight.options());
+  cross_entropy_gradient(one, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing,
+                         out);
+  return loss;
 }
 
 std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const Tensor& target,
@@ -194,6 +249,9 @@ Tensor checked_target_cuda(const Tensor& target, int64_t classes, int64_t ignore
 TORCH_LIBRARY_IMPL(nllx, CUDA, m) {
   m.impl("cross_entropy_forward", &cross_entropy_forward_cuda);
   m.impl("cross_entropy_backward", &cross_entropy_backward_cuda);
+  m.impl("cross_entropy_backward.out", &cross_entropy_backward_out_cuda);
+  m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad_cuda);
+  m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out_cuda);
   m.impl("nll_loss_forward", &nll_loss_forward_cuda);
   m.impl("nll_loss_backward", &nll_loss_backward_cuda);
   m.impl("_checked_target", &checked_target_cuda);
