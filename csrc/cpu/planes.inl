@@ -1,11 +1,13 @@
-// Cross entropy where neighbouring rows are adjacent in memory (planes): vectors run over the rows of a tile, class
-// after class, so that every class is one run through memory.
+// Cross entropy where neighbouring rows are adjacent in memory (planes): vectors run over the rows of a tile, a few
+// classes at a time, so that every class is one run through memory.
 //
-// Forward: the sum of exponentials refers to the maximum so far. Of exp(x - m) and exp(m - x) only the one below 1 is
-// computed: it is the new term, or what the sum so far shrinks by. The state of a tile (maximum and sum of each row)
-// stays in the first-level cache. Holding several classes of a tile there instead, to take the maximum first, fails
-// for planes whose size is a power of two: all classes fall into the same sets of the caches.
+// Forward: the sum of exponentials refers to the maximum so far, and shrinks where that grows, which costs one more
+// exponential for kTogether classes. The state of a tile (maximum and sum of each row) stays in the first-level cache.
+// Holding all classes of a tile there instead, to take the maximum first, fails for planes whose size is a power of
+// two: all classes fall into the same sets of the caches.
 
+// Classes that are taken together.
+constexpr int kTogether = 4;
 // Classes whose exponentials are added in acc before they are added to the other blocks' sum.
 constexpr int64_t kClassBlock = 64;
 template <typename acc>
@@ -27,51 +29,70 @@ NLLX_INLINE Vec<acc> tile_coefficients(const ClassTerms<acc, P>& t, int64_t c, i
   return a;
 }
 
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 // The sum of what earlier blocks of classes gave: what the additions round off is kept, since blocks may be thousands.
 template <typename acc>
 struct BlockTotals {
   alignas(64) acc max[kTile], sum[kTile], rest[kTile];
 };
 
-// -|v|
-NLLX_INLINE Vec<float> minus_abs(Vec<float> v) {
-  return bit_cast<Vec<float>>(bit_cast<Mask<float>>(v) | static_cast<int32_t>(0x80000000u));
-}
-NLLX_INLINE Vec<double> minus_abs(Vec<double> v) {
-  return bit_cast<Vec<double>>(bit_cast<Mask<double>>(v) | static_cast<int64_t>(0x8000000000000000ull));
-}
-
-// Adds class c, whose logits are x, to the sums of a tile, and keeps those of rows whose target it is (looking them up
-// later would read most of the tile from memory once more). `next` is prefetched.
-template <Terms kTerms, bool kTarget, typename T, typename acc, typename P>
-NLLX_INLINE void add_class(const T* x, const T* next, int64_t c, int width, const ClassTerms<acc, P>& terms,
-                           acc mass_before, TileSums<acc>& s, const TileTargets<acc>* targets, acc* target_logits) {
+// Adds K classes from c on, whose logits are x, to the sums of a tile, and keeps those of rows whose target they are
+// (looking them up later would read most of the tile from memory once more). `next` is prefetched.
+template <Terms kTerms, bool kTarget, int K, typename T, typename acc, typename P>
+NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t c, int width,
+                             const ClassTerms<acc, P>& terms, acc mass_before, TileSums<acc>& s,
+                             const TileTargets<acc>* targets, acc* target_logits) {
+  constexpr bool kScalarTerms = kTerms == Terms::kUniform || kTerms == Terms::kWeighted;
   const auto add = [&](int i, int k) __attribute__((always_inline)) {
-    prefetch(next + i);
-    const Vec<acc> v = load_some(x + i, k, acc(0)), m = load(s.max + i), sum = load(s.sum + i);
-    const Vec<acc> d = v - m, one = broadcast(acc(1)), e = exp_vec(minus_abs(d));
-    const Mask<acc> above = v > m;
-    store(s.max + i, select(above, v, m));
-    store(s.sum + i, select(above, sum, one) * e + select(above, one, sum));
+    Vec<acc> v[K];
+    const Vec<acc> before = load(s.max + i);
+    Vec<acc> max = before;
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      prefetch(next + u * stride + i);
+      v[u] = load_some(x + u * stride + i, k, acc(0));
+      max = max_not_nan(max, v[u]);
+    }
+    store(s.max + i, max);
+    const Vec<acc> moved = before - max;
+    Vec<acc> sum = load(s.sum + i) * exp_vec(moved);
+    Vec<acc> dot{}, mass{};
+    if constexpr (kTerms != Terms::kNone) dot = load(s.dot + i);
+    // Before the first class there is no maximum to move from.
+    if constexpr (kScalarTerms) {
+      if (c > 0) dot += mass_before * moved;
+    } else if constexpr (kTerms == Terms::kProbabilities) {
+      mass = load(s.mass + i);
+      dot += select(mass == acc(0), Vec<acc>{}, mass * moved);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      const Vec<acc> d = v[u] - max;
+      sum += exp_vec(d);
+      if constexpr (kTerms == Terms::kUniform) {
+        dot += terms.uniform * d;
+      } else if constexpr (kTerms != Terms::kNone) {
+        const Vec<acc> a = tile_coefficients<kTerms>(terms, c + u, i, k);
+        dot += weighted_vec<acc>(a, d);
+        if constexpr (kTerms == Terms::kProbabilities) mass += a;
+      }
+    }
+    store(s.sum + i, sum);
+    if constexpr (kTerms != Terms::kNone) store(s.dot + i, dot);
+    if constexpr (kTerms == Terms::kProbabilities) store(s.mass + i, mass);
     if constexpr (kTarget) {
       Mask<acc> index;
       memcpy(&index, targets->index + i, sizeof index);
-      const Mask<acc> hit = index == static_cast<typename VecOf<acc>::integer>(c);
-      store(target_logits + i, select(hit, v, load(target_logits + i)));
-    }
-    if constexpr (kTerms == Terms::kUniform || kTerms == Terms::kWeighted) {
-      // Σ a (x - m) with the new maximum; before the first class there is none to move from.
-      const Vec<acc> moved = select(above, -d, Vec<acc>{}), from_new = select(above, Vec<acc>{}, d);
-      Vec<acc> dot = load(s.dot + i);
-      if (c > 0) dot += mass_before * moved;
-      const acc a = smoothing_term<kTerms>(terms, c);
-      store(s.dot + i, dot + (kTerms == Terms::kUniform ? a * from_new : weighted_vec<acc>(broadcast(a), from_new)));
-    } else if constexpr (kTerms == Terms::kProbabilities) {
-      const Vec<acc> a = tile_coefficients<kTerms>(terms, c, i, k), mass = load(s.mass + i);
-      const Vec<acc> moved = select(above, -d, Vec<acc>{}), from_new = select(above, Vec<acc>{}, d);
-      const Vec<acc> before = select(mass == acc(0), Vec<acc>{}, mass * moved);
-      store(s.dot + i, load(s.dot + i) + before + weighted_vec<acc>(a, from_new));
-      store(s.mass + i, mass + a);
+      Vec<acc> target = load(target_logits + i);
+#pragma GCC unroll 4
+      for (int u = 0; u < K; ++u) {
+        target = select(index == static_cast<typename VecOf<acc>::integer>(c + u), v[u], target);
+      }
+      store(target_logits + i, target);
     }
   };
   int i = 0;
@@ -112,15 +133,29 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
   }
   BlockTotals<acc> totals;
   double mass = 0;
-  for (int64_t c = 0; c < classes; ++c) {
+  for (int64_t c = 0; c < classes;) {
+    const int64_t left = classes - c;
+    const int n = left >= kTogether ? kTogether : left >= 2 ? 2 : 1;
     const T* xc = x + c * stride;
-    add_class<kTerms, kTarget, T, acc, P>(xc, c + 1 < classes ? xc + stride : next, c, width, terms,
-                                          static_cast<acc>(mass), s, targets, target_logits);
-    if constexpr (kTerms == Terms::kUniform || kTerms == Terms::kWeighted) {
-      mass += static_cast<double>(smoothing_term<kTerms>(terms, c));
+    const T* then = left > n ? xc + n * stride : next;
+    const acc mass_before = static_cast<acc>(mass);
+    const auto add = [&](auto count) __attribute__((always_inline)) {
+      add_classes<kTerms, kTarget, decltype(count)::value, T, acc, P>(xc, then, stride, c, width, terms, mass_before, s,
+                                                                      targets, target_logits);
+    };
+    if (n == kTogether) {
+      add(Count<kTogether>{});
+    } else if (n == 2) {
+      add(Count<2>{});
+    } else {
+      add(Count<1>{});
     }
-    if (classes > kClassBlock && (c % kClassBlock == kClassBlock - 1 || c == classes - 1)) {
-      end_block(width, s, totals, c < kClassBlock);
+    if constexpr (kTerms == Terms::kUniform || kTerms == Terms::kWeighted) {
+      for (int u = 0; u < n; ++u) mass += static_cast<double>(smoothing_term<kTerms>(terms, c + u));
+    }
+    c += n;
+    if (classes > kClassBlock && (c % kClassBlock == 0 || c == classes)) {
+      end_block(width, s, totals, c <= kClassBlock);
     }
   }
   NLLX_FOR_VECTORS(i, k, width) {
@@ -130,8 +165,8 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
       const Vec<acc> total = load(totals.sum + i), rest = load(totals.rest + i);
       sum = select(rest == rest, total + rest, total);  // infinity and NaN leave NaN in what is rounded off
     }
-    // exp(inf - inf) is NaN as in torch; a row of nothing but -inf has none above the smallest number.
-    store(s.sum + i, select(max == -kLowest<acc>, max - max, sum));
+    // A row of nothing but -inf has no maximum above the smallest number.
+    store(s.sum + i, sum);
     store(s.max + i, select((max == kSmallest<acc>)&(sum == acc(0)), Vec<acc>{}, max));
     if constexpr (kTerms != Terms::kProbabilities) store(s.mass + i, broadcast(static_cast<acc>(mass)));
   }
@@ -159,44 +194,55 @@ void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& ch
 
 // ---- backward ----
 
-// The gradient of class c of a tile; it may lie over the logits x. kAll: all rows count.
-template <Terms kTerms, bool kAll, bool kStream, typename T, typename acc, typename P>
-NLLX_INLINE void gradient_of_class(const T* x, const T* next, int64_t c, int width, const ClassTerms<acc, P>& terms,
-                                   const TileTargets<acc>& targets, const TileGradient<acc>& s, T* grad) {
+// The gradient of K classes of a tile from c on; it may lie over the logits x. kAll: all rows count.
+template <Terms kTerms, bool kAll, bool kStream, int K, typename T, typename acc, typename P>
+NLLX_INLINE void gradient_of_classes(const T* x, const T* next, int64_t stride, int64_t c, int width,
+                                     const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
+                                     const TileGradient<acc>& s, T* grad, int64_t grad_stride) {
   constexpr bool kIndex = kTerms != Terms::kProbabilities;
-  const auto gradient = [&](int i, int k) __attribute__((always_inline)) {
-    prefetch(next + i);
-    Vec<acc> g = load(s.factor + i) * exp_vec(load_some(x + i, k, acc(0)) - load(s.max + i));
+  const auto write = [&](int i, int k) __attribute__((always_inline)) {
+    const Vec<acc> max = load(s.max + i), factor = load(s.factor + i), at_target = load(s.at_target + i);
+    Vec<acc> incoming;
     Mask<acc> index;
-    if constexpr (kIndex) {
-      memcpy(&index, targets.index + i, sizeof index);
-      const Mask<acc> hit = index == static_cast<typename VecOf<acc>::integer>(c);
-      g = select(hit, g - load(s.at_target + i), g);
+    if constexpr (kTerms != Terms::kNone) incoming = load(s.k + i);
+    if constexpr (kIndex) memcpy(&index, targets.index + i, sizeof index);
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      prefetch(next + u * stride + i);
+      Vec<acc> g = factor * exp_vec(load_some(x + u * stride + i, k, acc(0)) - max);
+      if constexpr (kIndex) {
+        g = select(index == static_cast<typename VecOf<acc>::integer>(c + u), g - at_target, g);
+      }
+      if constexpr (kTerms != Terms::kNone) g -= incoming * tile_coefficients<kTerms>(terms, c + u, i, k);
+      if constexpr (kIndex && !kAll) g = select(index >= 0, g, Vec<acc>{});
+      T* to = grad + u * grad_stride + i;
+      if (kStream && k == kLanes<acc>) {
+        stream(to, g);
+      } else {
+        store_some(to, g, k);
+      }
     }
-    if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, i, k);
-    if constexpr (kIndex && !kAll) g = select(index >= 0, g, Vec<acc>{});
-    return g;
   };
   int i = 0;
-  for (; i + kLanes<acc> <= width; i += kLanes<acc>) {
-    const Vec<acc> g = gradient(i, kLanes<acc>);
-    if constexpr (kStream) {
-      stream(grad + i, g);
-    } else {
-      store(grad + i, g);
-    }
-  }
-  if (i < width) store_some(grad + i, gradient(i, width - i), width - i);
+  for (; i + kLanes<acc> <= width; i += kLanes<acc>) write(i, kLanes<acc>);
+  if (i < width) write(i, width - i);
 }
 
 template <Terms kTerms, bool kAll, bool kStream, typename T, typename acc, typename P>
 void gradient_of_planes(const T* x, const T* next, int64_t stride, int64_t classes, int width,
                         const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets, const TileGradient<acc>& s,
                         T* grad, int64_t grad_stride) {
-  for (int64_t c = 0; c < classes; ++c) {
+  int64_t c = 0;
+  for (; c + kTogether <= classes; c += kTogether) {
     const T* xc = x + c * stride;
-    gradient_of_class<kTerms, kAll, kStream, T, acc, P>(xc, c + 1 < classes ? xc + stride : next, c, width, terms,
-                                                        targets, s, grad + c * grad_stride);
+    gradient_of_classes<kTerms, kAll, kStream, kTogether, T, acc, P>(
+        xc, c + kTogether < classes ? xc + kTogether * stride : next, stride, c, width, terms, targets, s,
+        grad + c * grad_stride, grad_stride);
+  }
+  for (; c < classes; ++c) {
+    const T* xc = x + c * stride;
+    gradient_of_classes<kTerms, kAll, kStream, 1, T, acc, P>(xc, c + 1 < classes ? xc + stride : next, stride, c, width,
+                                                             terms, targets, s, grad + c * grad_stride, grad_stride);
   }
 }
 
