@@ -31,9 +31,18 @@ def test_capability(capability: str) -> None:
         pytest.skip(chosen.stderr.strip().splitlines()[-1])
     assert chosen.stdout.strip() == capability
     tests = [f"{_TESTS}/test_values.py::test_value", f"{_TESTS}/test_gradients.py::test_gradient"]
-    tests += [f"{_TESTS}/test_determinism.py::test_number_of_threads"]
+    tests += [f"{_TESTS}/test_determinism.py::test_number_of_threads", f"{_TESTS}/test_exponential.py"]
     run = _python(
-        capability, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", "cpu or threads", *tests
+        capability,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cpu or threads or exponential",
+        *tests,
     )
     assert run.returncode == 0, run.stdout[-5000:]
 

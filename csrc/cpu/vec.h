@@ -430,7 +430,17 @@ NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
   const Vec<float> shifted = v * log2_e + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
   const Vec<float> n = shifted - 12582912.f;
 #endif
-  const Vec<float> f = v * log2_e - n;
+  // The product must not be rounded before n is taken from it.
+#if NLLX_VECTOR_BYTES == 64
+  const Vec<float> f =
+      bit_cast<Vec<float>>(_mm512_fmsub_ps(bit_cast<__m512>(v), _mm512_set1_ps(log2_e), bit_cast<__m512>(n)));
+#elif NLLX_VECTOR_BYTES == 32
+  const Vec<float> f =
+      bit_cast<Vec<float>>(_mm256_fmsub_ps(bit_cast<__m256>(v), _mm256_set1_ps(log2_e), bit_cast<__m256>(n)));
+#else
+  // No fused multiply-add: ln 2 in two parts, n times the first of which is exact.
+  const Vec<float> f = (v - n * 0.693359375f) * log2_e + n * 3.0613187e-4f;
+#endif
   Vec<float> p = f * 1.326472731e-3f + 9.671512991e-3f;
   p = p * f + 5.550733581e-2f;
   p = p * f + 2.402224243e-1f;
