@@ -76,7 +76,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->saved_data["inplace_backward"] = inplace_backward;
+    if (inplace_backward) ctx->saved_data["inplace_backward"] = true;
     return loss;
   }
 
@@ -85,7 +85,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     // A gradient that is itself differentiated needs the logits.
-    if (ctx->saved_data["inplace_backward"].toBool() && !at::GradMode::is_enabled() && !is_traced(saved[0]) &&
+    if (ctx->saved_data.count("inplace_backward") != 0 && !at::GradMode::is_enabled() && !is_traced(saved[0]) &&
         !is_traced(grads[0]) && !any_has_tangent(grads[0], saved[0], saved[1])) {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor logits = saved[0].detach();

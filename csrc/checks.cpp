@@ -64,8 +64,8 @@ void check_weight(const LossArguments& a, bool probabilities) {
               ": weight tensor should be defined either for all ", classes,
               " classes or no classes but got weight tensor of shape: ", weight.sizes());
   if (probabilities) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!weight.is_complex(), a.op, ": weight is not implemented for dtype ",
-                                weight.scalar_type());
+    TORCH_CHECK_NOT_IMPLEMENTED(!weight.is_complex(), a.op, ": weight must be real, but has dtype ",
+                                weight.scalar_type(), "; a complex loss has no gradient to descend");
     return;
   }
   const bool takes_weight = weight.scalar_type() == a.input.scalar_type() ||
@@ -167,6 +167,11 @@ void check_out(const char* op, const Tensor& out, const Tensor& input, const Ten
   at::assert_no_partial_overlap(out, input);
   at::assert_no_overlap(out, target);
   if (weight.has_value() && weight->defined()) at::assert_no_overlap(out, *weight);
+}
+
+void check_reduced(const char* op, int64_t reduction) {
+  TORCH_CHECK_VALUE(static_cast<Reduction>(reduction) != Reduction::kNone, op,
+                    ": reduction 'none' gives one loss per row, which has no gradient; take 'mean' or 'sum'");
 }
 
 FloatType float_type(const char* op, const char* name, ScalarType dtype) {

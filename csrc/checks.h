@@ -42,6 +42,9 @@ void check_grad_output(const char* op, const at::Tensor& grad_output, int64_t nu
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& input, const at::Tensor& target,
                const std::optional<at::Tensor>& weight);
 
+// Loss and gradient at once: one loss per row has no gradient.
+void check_reduced(const char* op, int64_t reduction);
+
 // The dtypes that have kernels: float32, float64, bfloat16, float16; anything else raises NotImplementedError.
 FloatType float_type(const char* op, const char* name, at::ScalarType dtype);
 // Index targets: int64, int32, int16, int8, uint8.

@@ -131,9 +131,42 @@ Tensor empty_loss(const LossProblem& loss, int64_t reduction) {
                    loss.input.options().dtype(loss.loss_dtype));
 }
 
-Tensor finish_gradient(const Tensor& computed, Tensor& grad, ScalarType dtype) {
+namespace {
+
+template <typename Problem>
+Problem problem_of(const LossProblem& loss, const Arrays& arrays) {
+  Problem p;
+  p.extent = arrays.extent;
+  p.layout = arrays.layout;
+  p.logits = loss.input.const_data_ptr();
+  p.logits_strides = arrays.strides[0];
+  p.targets = loss.targets;
+  return p;
+}
+
+}  // namespace
+
+CrossEntropyForward forward_problem(const LossProblem& loss, const Arrays& arrays, const Tensor& row_stats) {
+  auto p = problem_of<CrossEntropyForward>(loss, arrays);
+  p.row_stats = row_stats.mutable_data_ptr();
+  return p;
+}
+
+CrossEntropyBackward backward_problem(const LossProblem& loss, const Arrays& arrays, const Tensor& grad,
+                                      const Tensor& row_stats, const Tensor& total_weight, int64_t reduction) {
+  auto p = problem_of<CrossEntropyBackward>(loss, arrays);
+  p.row_stats = row_stats.const_data_ptr();
+  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
+  p.grad_logits = grad.mutable_data_ptr();
+  p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
+  return p;
+}
+
+Tensor finish_gradient(const Tensor& computed, Tensor& grad, ScalarType dtype, const Tensor& out) {
   if (!computed.is_same(grad)) grad.copy_(computed);
-  return grad.to(dtype);
+  if (!out.defined()) return grad.to(dtype);
+  if (!out.is_same(grad)) out.copy_(grad);
+  return out;
 }
 
 }  // namespace nllx

@@ -50,8 +50,15 @@ Arrays share_layout(LossProblem& loss, at::Tensor* output);
 // The uninitialised result: one number, or one per row.
 at::Tensor empty_loss(const LossProblem& loss, int64_t reduction);
 
-// The gradient that the kernel has written, as the operator returns it. Copies only where the input has no layout that
-// the kernels take, or another dtype.
-at::Tensor finish_gradient(const at::Tensor& computed, at::Tensor& grad, at::ScalarType dtype);
+// What the kernels take, from the problem and the layout that share_layout gave it, but for the losses of the rows
+// (forward) and the incoming gradient (backward).
+CrossEntropyForward forward_problem(const LossProblem& loss, const Arrays& arrays, const at::Tensor& row_stats);
+CrossEntropyBackward backward_problem(const LossProblem& loss, const Arrays& arrays, const at::Tensor& grad,
+                                      const at::Tensor& row_stats, const at::Tensor& total_weight, int64_t reduction);
+
+// The gradient that the kernel has written to `computed`, as the operator returns it: in `out`, if that is given.
+// Copies only where the input has no layout that the kernels take, or another dtype.
+at::Tensor finish_gradient(const at::Tensor& computed, at::Tensor& grad, at::ScalarType dtype,
+                           const at::Tensor& out = at::Tensor());
 
 }  // namespace nllx

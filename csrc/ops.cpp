@@ -154,7 +154,6 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 
 namespace {
 
-// Calls the autograd of the forward operator without another turn through the dispatcher.
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                      c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
   if (inplace_backward) {
@@ -167,11 +166,11 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
 
 Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                 c10::SymInt ignore_index, OptionalDtype dtype) {
-  return std::get<0>(nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype));
+  return std::get<0>(nll_loss_forward_autograd(log_probs, target, weight, reduction, std::move(ignore_index), dtype));
 }
 
 Tensor log_softmax(const Tensor& input, int64_t dim, OptionalDtype dtype) {
-  return log_softmax_forward(dtype.has_value() ? input.to(*dtype) : input, dim);
+  return log_softmax_forward_autograd(dtype.has_value() ? input.to(*dtype) : input, dim);
 }
 
 }  // namespace

@@ -34,10 +34,14 @@ at::Tensor& cross_entropy_backward_out(const at::Tensor& grad_output, const at::
                                        const at::Tensor& row_stats, const at::Tensor& total_weight, int64_t reduction,
                                        c10::SymInt ignore_index, double label_smoothing, at::Tensor& out);
 
-// With autograd: what nllx::cross_entropy and nllx::nll_loss are.
+// With autograd, and without a turn through the dispatcher: what the losses are made of.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_autograd(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype);
+std::tuple<at::Tensor, at::Tensor> nll_loss_forward_autograd(const at::Tensor& log_probs, const at::Tensor& target,
+                                                             const OptionalTensor& weight, int64_t reduction,
+                                                             c10::SymInt ignore_index, OptionalDtype dtype);
+at::Tensor log_softmax_forward_autograd(const at::Tensor& input, int64_t dim);
 at::Tensor cross_entropy_inplace_backward(const at::Tensor& logits, const at::Tensor& target,
                                           const OptionalTensor& weight, int64_t reduction, c10::SymInt ignore_index,
                                           double label_smoothing, OptionalDtype dtype);

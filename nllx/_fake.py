@@ -165,7 +165,9 @@ def _check_weight(op: str, name: str, input: Tensor, weight: Tensor, probabiliti
     )
     if probabilities:
         if weight.is_complex():
-            raise NotImplementedError(f"{op}: weight is not implemented for dtype {_name(weight.dtype)}")
+            raise NotImplementedError(
+                f"{op}: weight must be real, but has dtype {_name(weight.dtype)}; a complex loss has no gradient to descend"
+            )
         return
     takes = weight.dtype == input.dtype or (input.dtype in HALF and weight.dtype in (torch.float32, torch.float64))
     torch._check(

@@ -128,6 +128,9 @@ def _other_mistakes() -> list[Mistake]:
     bad("cross_entropy", "probabilities and ignore_index", "ignore_index is not supported", of=(x, p), ignore_index=0)
     bad("cross_entropy", "probabilities, short weight", "all 5 classes", r"\[4\]", of=(x, p, ones(4)))
     bad("cross_entropy", "probabilities, weight matrix", "all 5 classes", r"\[5, 1\]", of=(image, image, ones(5, 1)))
+    # torch returns a complex loss.
+    complex_weight = torch.ones(5) + 0j
+    bad("cross_entropy", "complex weight", "must be real", of=(x, p, complex_weight), error=NotImplementedError)
     bad("cross_entropy", "probabilities, integer input", "not implemented", of=(x.long(), p))
     bad("cross_entropy", "probabilities elsewhere", "device", of=(x, p.to("meta")))
     bad("cross_entropy", "sparse", of=(x.to_sparse(), t))

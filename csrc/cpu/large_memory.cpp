@@ -81,10 +81,6 @@ class LargeMemory final : public c10::Allocator {
     }
     for (const Block& block : blocks) munmap(block.data, block.bytes);
   }
-  size_t kept_bytes() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return kept_bytes_;
-  }
 
  private:
   LargeMemory() {
@@ -152,7 +148,7 @@ class LargeMemory final : public c10::Allocator {
 
 at::Tensor empty_like_large(const at::Tensor& like, std::optional<at::MemoryFormat> format) {
 #if defined(__linux__)
-  if (like.nbytes() >= kLargeBytes || like.numel() * like.element_size() >= static_cast<int64_t>(kLargeBytes)) {
+  if (like.nbytes() >= kLargeBytes) {
     // Strides as at::empty_like gives them, found without memory.
     const at::Tensor shape = at::empty_like(like, like.options().device(at::kMeta), format);
     return at::detail::empty_strided_generic(shape.sizes(), shape.strides(), &LargeMemory::instance(),
@@ -160,20 +156,6 @@ at::Tensor empty_like_large(const at::Tensor& like, std::optional<at::MemoryForm
   }
 #endif
   return at::empty_like(like, at::TensorOptions(), format);
-}
-
-void release_kept_memory() {
-#if defined(__linux__)
-  LargeMemory::instance().release();
-#endif
-}
-
-size_t kept_memory() {
-#if defined(__linux__)
-  return LargeMemory::instance().kept_bytes();
-#else
-  return 0;
-#endif
 }
 
 }  // namespace nllx

@@ -17,10 +17,4 @@ inline bool is_streamed(const at::Tensor& t) { return t.nbytes() >= kStreamBytes
 // With the environment variable NLLX_CPU_KEEP_MEMORY=0 nothing is kept.
 at::Tensor empty_like_large(const at::Tensor& like, std::optional<at::MemoryFormat> format = std::nullopt);
 
-// Gives the kept memory back to the system.
-void release_kept_memory();
-
-// Bytes of memory that is kept and in no tensor.
-size_t kept_memory();
-
 }  // namespace nllx

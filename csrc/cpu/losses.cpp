@@ -58,29 +58,6 @@ ChunkResult run_forward(const CrossEntropyForward& p, int type) {
   return total;
 }
 
-void set_forward(CrossEntropyForward& p, const LossProblem& loss, const Arrays& arrays, const Tensor& row_stats) {
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.logits = loss.input.const_data_ptr();
-  p.logits_strides = arrays.strides[0];
-  p.targets = loss.targets;
-  p.row_stats = row_stats.mutable_data_ptr();
-}
-
-// All but the incoming gradient.
-void set_backward(CrossEntropyBackward& p, const LossProblem& loss, const Arrays& arrays, const Tensor& grad,
-                  const Tensor& row_stats, const Tensor& total_weight, int64_t reduction) {
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.logits = loss.input.const_data_ptr();
-  p.logits_strides = arrays.strides[0];
-  p.targets = loss.targets;
-  p.row_stats = row_stats.const_data_ptr();
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
-  p.grad_logits = grad.mutable_data_ptr();
-  p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
-}
-
 // The mean over nothing is NaN, as torch has it.
 void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
             Tensor& total_weight) {
@@ -108,9 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
     result.zero_();
     row_stats.zero_();
   } else if (loss.rows() > 0) {
-    CrossEntropyForward p;
-    const Arrays arrays = share_layout(loss, nullptr);
-    set_forward(p, loss, arrays, row_stats);
+    CrossEntropyForward p = forward_problem(loss, share_layout(loss, nullptr), row_stats);
     if (static_cast<Reduction>(reduction) == Reduction::kNone) p.row_loss = result.mutable_data_ptr();
     p.row_loss_is_acc = loss.loss_is_acc();
     total = run_forward(p, static_cast<int>(loss.float_type()));
@@ -122,31 +97,35 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
 
 namespace {
 
+// A gradient's memory: that of `out`, if it is given and has the dtype that is computed in.
+Tensor empty_gradient(const LossProblem& loss, const Tensor& out) {
+  return out.defined() && out.scalar_type() == loss.input.scalar_type() ? out : empty_like_large(loss.input);
+}
+
 // The gradient, in `out` where that is defined.
 Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& args, const Tensor& row_stats,
                               const Tensor& total_weight, const Tensor& out) {
   LossProblem loss = make_loss_problem(args, std::nullopt);
-  CrossEntropyBackward p;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, p.grad_output, p.grad_output_stride);
+  const void* incoming = nullptr;
+  int64_t incoming_stride = 0;
+  const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, incoming, incoming_stride);
   check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), args.input);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, args.input);
-  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
-  Tensor grad = direct ? out : empty_like_large(loss.input);
+  if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
+  Tensor grad = empty_gradient(loss, out), computed = grad;
   if (loss.rows() > 0) {
-    Tensor computed = grad;
     const Arrays arrays = share_layout(loss, &computed);
     const Tensor contiguous_stats = row_stats.contiguous();
-    set_backward(p, loss, arrays, computed, contiguous_stats, total_weight, args.reduction);
+    CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, total_weight, args.reduction);
+    p.grad_output = incoming;
+    p.grad_output_stride = incoming_stride;
     Chunks chunks(p.extent, p.layout, /*split_rows=*/!loss.probabilities_given);
     chunks.stream = is_streamed(computed) && p.grad_logits != p.logits;
     const auto kernel = cpu_capability().kernels->cross_entropy_backward[static_cast<int>(loss.float_type())];
     raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
                  loss);
-    if (!computed.is_same(grad)) grad.copy_(computed);
   }
-  if (!out.defined()) return grad.to(args.input.scalar_type());
-  if (!direct) out.copy_(grad);
-  return out;
+  return finish_gradient(computed, grad, args.input.scalar_type(), out);
 }
 
 // The divisor of the mean, before any row is looked at. A class out of range raises.
@@ -179,48 +158,41 @@ double divisor_of(const LossProblem& loss, const LossArguments& args) {
 // Loss and gradient: the forward and the backward kernel take turns, so that the second finds in the cache what the
 // first has read.
 std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDtype dtype, const Tensor& out) {
-  TORCH_CHECK_VALUE(static_cast<Reduction>(args.reduction) != Reduction::kNone, args.op,
-                    ": reduction 'none' gives one loss per row, which has no gradient; take 'mean' or 'sum'");
   LossProblem loss = make_loss_problem(args, dtype);
+  check_reduced(args.op, args.reduction);
   if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
-  Tensor value = empty_loss(loss, args.reduction);
-  const auto acc = args.input.options().dtype(loss.acc_dtype);
-  const Tensor row_stats = at::empty(loss.stats_sizes(), acc), one = at::ones({}, acc);
-  Tensor total_weight = at::empty({}, acc);
-  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
-  Tensor grad = direct ? out : empty_like_large(loss.input);
   const double divisor = divisor_of(loss, args);
+  Tensor value = empty_loss(loss, args.reduction), grad = empty_gradient(loss, out), computed = grad;
   ChunkResult total;
   if (loss.rows() > 0 && args.input.numel() > 0) {
+    const auto acc = args.input.options().dtype(loss.acc_dtype);
+    const Tensor row_stats = at::empty(loss.stats_sizes(), acc), one = at::ones({}, acc);
+    Tensor total_weight = at::empty({}, acc);
     set_scalar(total_weight, divisor);
-    Tensor computed = grad;
     const Arrays arrays = share_layout(loss, &computed);
-    CrossEntropyForward f;
-    set_forward(f, loss, arrays, row_stats);
-    CrossEntropyBackward b;
+    const CrossEntropyForward f = forward_problem(loss, arrays, row_stats);
+    CrossEntropyBackward b = backward_problem(loss, arrays, computed, row_stats, total_weight, args.reduction);
     b.grad_output = one.const_data_ptr();
-    set_backward(b, loss, arrays, computed, row_stats, total_weight, args.reduction);
     const int type = static_cast<int>(loss.float_type());
     const CpuKernels& kernels = *cpu_capability().kernels;
     Chunks chunks(f.extent, f.layout, /*split_rows=*/!loss.probabilities_given);
     chunks.stream = is_streamed(computed) && b.grad_logits != b.logits;
-    if (chunks.segments > 1) {
+    const auto backward = [&](int64_t chunk, ChunkResult& r) {
+      kernels.cross_entropy_backward[type](b, chunks, chunk, r);
+    };
+    if (chunks.segments > 1) {  // a row's sums are known when all its segments are
       total = run_forward(f, type);
-      sum_over_chunks(
-          chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_backward[type](b, chunks, chunk, r); });
+      sum_over_chunks(chunks, backward);
     } else {
       total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
         kernels.cross_entropy_forward[type](f, chunks, chunk, r);
         ChunkResult same_targets;
-        kernels.cross_entropy_backward[type](b, chunks, chunk, same_targets);
+        backward(chunk, same_targets);
       });
     }
-    if (!computed.is_same(grad)) grad.copy_(computed);
   }
   set_scalar(value, static_cast<Reduction>(args.reduction) == Reduction::kSum ? total.loss : total.loss / divisor);
-  if (!out.defined()) return {value, grad.to(args.input.scalar_type())};
-  if (!direct) out.copy_(grad);
-  return {value, out};
+  return {value, finish_gradient(computed, grad, args.input.scalar_type(), out)};
 }
 
 }  // namespace
@@ -237,11 +209,9 @@ Tensor& cross_entropy_backward_out_cpu(const Tensor& grad_output, const Tensor& 
                                        const OptionalTensor& weight, const Tensor& row_stats,
                                        const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                                        double label_smoothing, Tensor& out) {
-  const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
-                           weight,          reduction, ignore_index, label_smoothing};
-  check_loss_arguments(args);
-  check_out(args.op, out, logits, target, weight);
-  cross_entropy_gradient(grad_output, args, row_stats, total_weight, out);
+  cross_entropy_gradient(
+      grad_output, {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing},
+      row_stats, total_weight, out);
   return out;
 }
 

@@ -165,8 +165,8 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
       const Vec<acc> total = load(totals.sum + i), rest = load(totals.rest + i);
       sum = select(rest == rest, total + rest, total);  // infinity and NaN leave NaN in what is rounded off
     }
-    // A row of nothing but -inf has no maximum above the smallest number.
     store(s.sum + i, sum);
+    // A row of nothing but -inf has no maximum above the smallest number.
     store(s.max + i, select((max == kSmallest<acc>)&(sum == acc(0)), Vec<acc>{}, max));
     if constexpr (kTerms != Terms::kProbabilities) store(s.mass + i, broadcast(static_cast<acc>(mass)));
   }

@@ -73,16 +73,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
   }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const RowLoss rows(loss, reduction, result);
-  CrossEntropyForward p;
-  const Arrays arrays = share_layout(loss, nullptr);
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.logits = loss.input.const_data_ptr();
-  p.logits_strides = arrays.strides[0];
-  p.targets = loss.targets;
+  CrossEntropyForward p = forward_problem(loss, share_layout(loss, nullptr), row_stats);
   p.row_loss = rows.pointer;
   p.row_loss_is_acc = rows.is_acc;
-  p.row_stats = row_stats.mutable_data_ptr();
   C10_CUDA_CHECK(launch_cross_entropy_forward(p, loss.float_type(), bad_target_record(), stream));
   reduce_rows(loss, p.extent, rows, reduction, result, total_weight, stream);
   raise_bad_target_if_synchronous(stream);
@@ -92,42 +85,42 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
 namespace {
 
 // The gradient, in `out` where that is defined.
-Tensor cross_entropy_gradient(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                              const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
-                              int64_t reduction, int64_t ignore_index, double label_smoothing, const Tensor& out) {
+Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& args, const Tensor& row_stats,
+                              const Tensor& total_weight, const Tensor& out) {
   raise_pending_bad_target();
-  const c10::cuda::CUDAGuard guard(logits.device());
-  const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
-                           weight,          reduction, ignore_index, label_smoothing};
+  const c10::cuda::CUDAGuard guard(args.input.device());
   LossProblem loss = make_loss_problem(args, std::nullopt);
-  CrossEntropyBackward p;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
-  check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), logits);
-  check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, logits);
-  if (out.defined()) check_out(args.op, out, logits, target, weight);
+  const void* incoming = nullptr;
+  int64_t incoming_stride = 0;
+  const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, incoming, incoming_stride);
+  check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), args.input);
+  check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, args.input);
+  if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
   const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
-  Tensor grad = direct ? out : at::empty_like(loss.input);
-  if (grad.numel() == 0) return out.defined() ? out : grad.to(logits.scalar_type());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Tensor computed = grad;
-  const Arrays arrays = share_layout(loss, &computed);
-  const Tensor contiguous_stats = row_stats.contiguous();
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.logits = loss.input.const_data_ptr();
-  p.logits_strides = arrays.strides[0];
-  p.targets = loss.targets;
-  p.row_stats = contiguous_stats.const_data_ptr();
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
-  p.grad_logits = computed.mutable_data_ptr();
-  p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
-  const Tensor mass = at::empty({loss.probabilities_given ? loss.rows() : 0}, logits.options().dtype(loss.acc_dtype));
-  C10_CUDA_CHECK(
-      launch_cross_entropy_backward(p, loss.float_type(), mass.mutable_data_ptr(), bad_target_record(), stream));
-  raise_bad_target_if_synchronous(stream);
-  if (!out.defined()) return finish_gradient(computed, grad, logits.scalar_type());
-  if (!computed.is_same(out)) out.copy_(computed);
-  return out;
+  Tensor grad = direct ? out : at::empty_like(loss.input), computed = grad;
+  if (grad.numel() > 0) {
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    const Arrays arrays = share_layout(loss, &computed);
+    const Tensor contiguous_stats = row_stats.contiguous();
+    CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, total_weight, args.reduction);
+    p.grad_output = incoming;
+    p.grad_output_stride = incoming_stride;
+    const Tensor mass =
+        at::empty({loss.probabilities_given ? loss.rows() : 0}, args.input.options().dtype(loss.acc_dtype));
+    C10_CUDA_CHECK(
+        launch_cross_entropy_backward(p, loss.float_type(), mass.mutable_data_ptr(), bad_target_record(), stream));
+    raise_bad_target_if_synchronous(stream);
+  }
+  return finish_gradient(computed, grad, args.input.scalar_type(), out);
+}
+
+// Forward and backward, one after the other.
+std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDtype dtype, const Tensor& out) {
+  check_reduced(args.op, args.reduction);
+  auto [loss, row_stats, total_weight] = cross_entropy_forward_cuda(
+      args.input, args.target, args.weight, args.reduction, args.ignore_index, args.label_smoothing, dtype);
+  const Tensor one = at::ones({}, total_weight.options());
+  return {loss, cross_entropy_gradient(one, args, row_stats, total_weight, out)};
 }
 
 }  // namespace
@@ -135,46 +128,35 @@ Tensor cross_entropy_gradient(const Tensor& grad_output, const Tensor& logits, c
 Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
                                    const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  return cross_entropy_gradient(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
-                                label_smoothing, Tensor());
+  return cross_entropy_gradient(
+      grad_output, {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing},
+      row_stats, total_weight, Tensor());
 }
 
 Tensor& cross_entropy_backward_out_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
                                         const OptionalTensor& weight, const Tensor& row_stats,
                                         const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                                         double label_smoothing, Tensor& out) {
-  cross_entropy_gradient(grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
-                         label_smoothing, out);
+  cross_entropy_gradient(
+      grad_output, {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing},
+      row_stats, total_weight, out);
   return out;
 }
 
-// Forward and backward, one after the other.
 std::tuple<Tensor, Tensor> cross_entropy_value_and_grad_cuda(const Tensor& logits, const Tensor& target,
                                                              const OptionalTensor& weight, int64_t reduction,
                                                              int64_t ignore_index, double label_smoothing,
                                                              OptionalDtype dtype) {
-  TORCH_CHECK_VALUE(static_cast<Reduction>(reduction) != Reduction::kNone,
-                    "cross_entropy: reduction 'none' gives one loss per row, which has no gradient; take 'mean' or "
-                    "'sum'");
-  auto [loss, row_stats, total_weight] =
-      cross_entropy_forward_cuda(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  const Tensor one = at::ones({}, total_weight.options());
-  return {loss, cross_entropy_gradient(one, logits, target, weight, row_stats, total_weight, reduction, ignore_index,
-                                       label_smoothing, Tensor())};
+  return value_and_grad(
+      {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing}, dtype,
+      Tensor());
 }
 
 Tensor cross_entropy_value_and_grad_out_cuda(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              int64_t reduction, int64_t ignore_index, double label_smoothing,
                                              OptionalDtype dtype, Tensor& out) {
-  TORCH_CHECK_VALUE(static_cast<Reduction>(reduction) != Reduction::kNone,
-                    "cross_entropy: reduction 'none' gives one loss per row, which has no gradient; take 'mean' or "
-                    "'sum'");
-  auto [loss, row_stats, total_weight] =
-      cross_entropy_forward_cuda(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  const Tensor one = at::ones({}, total_weight.options());
-  cross_entropy_gradient(one, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing,
-                         out);
-  return loss;
+  return std::get<0>(value_and_grad(
+      {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing}, dtype, out));
 }
 
 std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const Tensor& target,
