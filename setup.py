@@ -93,7 +93,7 @@ def main() -> None:
     macros: list[tuple[str, str | None]] = [("NLLX_TORCH_VERSION", f'"{torch.__version__}"')]
     sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
     # Without -fopenmp at::parallel_for, which is inlined from torch's headers, runs on one thread and says nothing.
-    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    cxx = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     flags = {"cxx": cxx}
     if with_cuda:
         os.environ["CUDA_HOME"] = find_cuda(torch.version.cuda)

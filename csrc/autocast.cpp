@@ -28,14 +28,12 @@ OptionalTensor cast_weight(const OptionalTensor& weight, c10::DeviceType device)
 }
 
 template <c10::DeviceType device>
-Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
+Tensor cross_entropy_autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
+                              bool inplace_backward) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("nllx::cross_entropy", "")
-                             .typed<decltype(cross_entropy<device>)>();
-  return op.call(logits, target, cast_weight(weight, device), reduction, ignore_index, label_smoothing,
-                 float32_loss(logits, target, weight, dtype), inplace_backward);
+  return nllx::cross_entropy(logits, target, cast_weight(weight, device), reduction, std::move(ignore_index),
+                             label_smoothing, float32_loss(logits, target, weight, dtype), inplace_backward);
 }
 
 template <c10::DeviceType device>
@@ -64,20 +62,16 @@ Tensor cross_entropy_value_and_grad_out(const Tensor& logits, const Tensor& targ
 }
 
 template <c10::DeviceType device>
-Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                c10::SymInt ignore_index, OptionalDtype dtype) {
+Tensor nll_loss_autocast(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                         c10::SymInt ignore_index, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::nll_loss", "").typed<decltype(nll_loss<device>)>();
-  return op.call(log_probs, target, cast_weight(weight, device), reduction, ignore_index,
-                 float32_loss(log_probs, target, weight, dtype));
+  return nllx::nll_loss(log_probs, target, cast_weight(weight, device), reduction, std::move(ignore_index),
+                        float32_loss(log_probs, target, weight, dtype));
 }
 
 Tensor log_softmax_cuda(const Tensor& input, int64_t dim, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(c10::kCUDA));
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::log_softmax", "").typed<decltype(log_softmax_cuda)>();
-  return op.call(input, dim, !dtype.has_value() && is_half(input) ? OptionalDtype(at::kFloat) : dtype);
+  return nllx::log_softmax(input, dim, !dtype.has_value() && is_half(input) ? OptionalDtype(at::kFloat) : dtype);
 }
 
 bool enabled(c10::DeviceType device) {
@@ -92,9 +86,10 @@ Tensor cross_entropy_functorch(const Tensor& logits, const Tensor& target, const
                                bool inplace_backward) {
   const c10::DeviceType device = logits.device().type();
   if (enabled(device)) {
-    return (device == c10::kCPU ? cross_entropy<c10::kCPU>
-                                : cross_entropy<c10::kCUDA>)(logits, target, weight, reduction, std::move(ignore_index),
-                                                             label_smoothing, dtype, inplace_backward);
+    return (device == c10::kCPU ? cross_entropy_autocast<c10::kCPU>
+                                : cross_entropy_autocast<c10::kCUDA>)(logits, target, weight, reduction,
+                                                                      std::move(ignore_index), label_smoothing, dtype,
+                                                                      inplace_backward);
   }
   return std::get<0>(
       cross_entropy_forward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype));
@@ -104,8 +99,9 @@ Tensor nll_loss_functorch(const Tensor& log_probs, const Tensor& target, const O
                           int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype) {
   const c10::DeviceType device = log_probs.device().type();
   if (enabled(device)) {
-    return (device == c10::kCPU ? nll_loss<c10::kCPU> : nll_loss<c10::kCUDA>)(log_probs, target, weight, reduction,
-                                                                              std::move(ignore_index), dtype);
+    return (device == c10::kCPU
+                ? nll_loss_autocast<c10::kCPU>
+                : nll_loss_autocast<c10::kCUDA>)(log_probs, target, weight, reduction, std::move(ignore_index), dtype);
   }
   return std::get<0>(nll_loss_forward(log_probs, target, weight, reduction, std::move(ignore_index), dtype));
 }
@@ -118,14 +114,14 @@ Tensor log_softmax_functorch(const Tensor& input, int64_t dim, OptionalDtype dty
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nllx, AutocastCPU, m) {
-  m.impl("cross_entropy", &cross_entropy<c10::kCPU>);
-  m.impl("nll_loss", &nll_loss<c10::kCPU>);
+  m.impl("cross_entropy", &cross_entropy_autocast<c10::kCPU>);
+  m.impl("nll_loss", &nll_loss_autocast<c10::kCPU>);
   m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad<c10::kCPU>);
   m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out<c10::kCPU>);
 }
 TORCH_LIBRARY_IMPL(nllx, AutocastCUDA, m) {
-  m.impl("cross_entropy", &cross_entropy<c10::kCUDA>);
-  m.impl("nll_loss", &nll_loss<c10::kCUDA>);
+  m.impl("cross_entropy", &cross_entropy_autocast<c10::kCUDA>);
+  m.impl("nll_loss", &nll_loss_autocast<c10::kCUDA>);
   m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad<c10::kCUDA>);
   m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out<c10::kCUDA>);
   m.impl("log_softmax", &log_softmax_cuda);

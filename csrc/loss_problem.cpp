@@ -1,5 +1,6 @@
 #include "loss_problem.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -38,8 +39,8 @@ int64_t LossProblem::rows() const {
   return n;
 }
 
-std::vector<int64_t> LossProblem::stats_sizes() const {
-  std::vector<int64_t> sizes = row_sizes;
+at::DimVector LossProblem::stats_sizes() const {
+  at::DimVector sizes = row_sizes;
   sizes.push_back(2);
   return sizes;
 }
@@ -50,7 +51,7 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   p.probabilities_given = targets_are_probabilities(args);
   p.class_dim = args.input.dim() == 1 ? 0 : 1;
   p.input = args.input;
-  p.row_sizes = args.input.sizes().vec();
+  p.row_sizes = at::DimVector(args.input.sizes());
   p.row_sizes.erase(p.row_sizes.begin() + p.class_dim);
   const bool weighted = args.weight.has_value() && args.weight->defined();
 
@@ -125,10 +126,14 @@ Arrays share_layout(LossProblem& loss, Tensor* output) {
   return *arrays;
 }
 
+// Without the dispatcher on the CPU: a small problem's memory would take as long as its arithmetic.
+Tensor empty_beside(const Tensor& input, at::IntArrayRef sizes, ScalarType dtype) {
+  return input.is_cpu() ? Tensor(at::detail::empty_cpu(sizes, dtype)) : at::empty(sizes, input.options().dtype(dtype));
+}
+
 Tensor empty_loss(const LossProblem& loss, int64_t reduction) {
   const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
-  return at::empty(per_row ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(),
-                   loss.input.options().dtype(loss.loss_dtype));
+  return empty_beside(loss.input, per_row ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(), loss.loss_dtype);
 }
 
 namespace {

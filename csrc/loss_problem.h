@@ -2,6 +2,7 @@
 // the small tensors, the same for CPU and CUDA.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -21,9 +22,9 @@ struct LossProblem {
   bool probabilities_given = false;
   int64_t class_dim = 0;
   at::ScalarType acc_dtype, loss_dtype;
-  std::vector<int64_t> row_sizes;            // the shape of an unreduced loss
-  std::vector<int64_t> stats_sizes() const;  // (..., 2): maximum and log-sum of each row
-  Targets targets;                           // but for probability_strides
+  at::DimVector row_sizes;            // the shape of an unreduced loss
+  at::DimVector stats_sizes() const;  // (..., 2): maximum and log-sum of each row
+  Targets targets;                    // but for probability_strides
 
   int64_t rows() const;
   // The divisor of the mean for probability targets: torch's numel / C, so the mean over no classes is NaN.
@@ -47,6 +48,8 @@ at::Tensor incoming_gradient(const at::Tensor& grad_output, const LossProblem& l
 // it back. This is the one place that copies logits.
 Arrays share_layout(LossProblem& loss, at::Tensor* output);
 
+// Uninitialised memory where the input is, in another dtype.
+at::Tensor empty_beside(const at::Tensor& input, at::IntArrayRef sizes, at::ScalarType dtype);
 // The uninitialised result: one number, or one per row.
 at::Tensor empty_loss(const LossProblem& loss, int64_t reduction);
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"
+#include "python_calls.h"
 
 #ifndef NLLX_CUDA_ARCHITECTURES
 #define NLLX_CUDA_ARCHITECTURES ""
@@ -41,6 +42,7 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of nllx. Loading it registers the operators torch.ops.nllx.*.";
+  nllx::add_python_calls(m.ptr());
   m.def("build_info", &build_info, "What this binary was built with: torch, compiler, cuda, cuda_architectures.");
   m.def(
       "cpu_capability", [] { return nllx::cpu_capability().name; },

@@ -92,6 +92,26 @@ TORCH_LIBRARY(nllx, m) {
   });
 }
 
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::cross_entropy", "").typed<decltype(cross_entropy)>();
+  return op.call(logits, target, weight, reduction, ignore_index, label_smoothing, dtype, inplace_backward);
+}
+
+Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                c10::SymInt ignore_index, OptionalDtype dtype) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::nll_loss", "").typed<decltype(nll_loss)>();
+  return op.call(log_probs, target, weight, reduction, ignore_index, dtype);
+}
+
+Tensor log_softmax(const Tensor& input, int64_t dim, OptionalDtype dtype) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("nllx::log_softmax", "").typed<decltype(log_softmax)>();
+  return op.call(input, dim, dtype);
+}
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                          const OptionalTensor& weight, int64_t reduction,
                                                          c10::SymInt ignore_index, double label_smoothing,
@@ -154,8 +174,9 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 
 namespace {
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
+Tensor cross_entropy_composite(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
+                               bool inplace_backward) {
   if (inplace_backward) {
     return cross_entropy_inplace_backward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing,
                                           dtype);
@@ -164,21 +185,21 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
                                                     label_smoothing, dtype));
 }
 
-Tensor nll_loss(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                c10::SymInt ignore_index, OptionalDtype dtype) {
+Tensor nll_loss_composite(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
+                          int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype) {
   return std::get<0>(nll_loss_forward_autograd(log_probs, target, weight, reduction, std::move(ignore_index), dtype));
 }
 
-Tensor log_softmax(const Tensor& input, int64_t dim, OptionalDtype dtype) {
+Tensor log_softmax_composite(const Tensor& input, int64_t dim, OptionalDtype dtype) {
   return log_softmax_forward_autograd(dtype.has_value() ? input.to(*dtype) : input, dim);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nllx, CompositeImplicitAutograd, m) {
-  m.impl("cross_entropy", &cross_entropy);
-  m.impl("nll_loss", &nll_loss);
-  m.impl("log_softmax", &log_softmax);
+  m.impl("cross_entropy", &cross_entropy_composite);
+  m.impl("nll_loss", &nll_loss_composite);
+  m.impl("log_softmax", &log_softmax_composite);
 }
 
 }  // namespace nllx

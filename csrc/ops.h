@@ -12,6 +12,12 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 
 // Through the dispatcher.
+at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
+                         bool inplace_backward);
+at::Tensor nll_loss(const at::Tensor& log_probs, const at::Tensor& target, const OptionalTensor& weight,
+                    int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype);
+at::Tensor log_softmax(const at::Tensor& input, int64_t dim, OptionalDtype dtype);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logits, const at::Tensor& target,
                                                                      const OptionalTensor& weight, int64_t reduction,
                                                                      c10::SymInt ignore_index, double label_smoothing,

@@ -12,6 +12,8 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
+from nllx import _C
+
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "nll_loss"]
 
 # Bound once: looking an overload up costs as much as a small kernel.
@@ -135,25 +137,19 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
-    if not (
-        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
-    ):
-        _check_tensors("cross_entropy", input=input, target=target, weight=weight)
     if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
-    if inplace_backward:
+    number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
+    if torch.compiler.is_compiling():  # which traces operators alone
+        _check_tensors("cross_entropy", input=input, target=target, weight=weight)
         return _cross_entropy(
-            input,
-            target,
-            weight,
-            _Reduction.get_enum(reduction),
-            ignore_index,
-            label_smoothing,
-            inplace_backward=True,
+            input, target, weight, number, ignore_index, label_smoothing, inplace_backward=bool(inplace_backward)
         )
-    return _cross_entropy(input, target, weight, _Reduction.get_enum(reduction), ignore_index, label_smoothing)
+    return _C.cross_entropy(
+        input, target, weight, number, ignore_index, label_smoothing, bool(inplace_backward)
+    )
 
 
 def cross_entropy_value_and_grad(
@@ -255,13 +251,13 @@ def nll_loss(
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
-    if not (
-        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
-    ):
-        _check_tensors("nll_loss", input=input, target=target, weight=weight)
     if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
         ignore_index = _integer("nll_loss", "ignore_index", ignore_index)
-    return _nll_loss(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
+    number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
+    if torch.compiler.is_compiling():
+        _check_tensors("nll_loss", input=input, target=target, weight=weight)
+        return _nll_loss(input, target, weight, number, ignore_index)
+    return _C.nll_loss(input, target, weight, number, ignore_index)
 
 
 def log_softmax(
@@ -289,7 +285,8 @@ def log_softmax(
     """
     if has_torch_function_unary(input):
         return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
-    _check_tensors("log_softmax", input=input)
+    if not isinstance(input, Tensor):
+        _check_tensors("log_softmax", input=input)
     if dim is None:
         if torch.compiler.is_compiling():  # where a warning would break the graph
             dim = 0 if input.dim() in (0, 1, 3) else 1
@@ -297,4 +294,6 @@ def log_softmax(
             dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
     if type(dim) is not int or not _SMALLEST <= dim <= _LARGEST:
         dim = _integer("log_softmax", "dim", dim)
-    return _log_softmax(input, dim, dtype)
+    if dtype is not None or torch.compiler.is_compiling():
+        return _log_softmax(input, dim, dtype)
+    return _C.log_softmax(input, dim)

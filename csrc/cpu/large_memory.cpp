@@ -155,6 +155,12 @@ at::Tensor empty_like_large(const at::Tensor& like, std::optional<at::MemoryForm
                                              c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type());
   }
 #endif
+  // What at::empty_like does, without the dispatcher: a small problem's memory would take as long as its arithmetic.
+  if (format == at::MemoryFormat::Contiguous)
+    return at::Tensor(at::detail::empty_cpu(like.sizes(), like.scalar_type()));
+  if (!format && like.is_non_overlapping_and_dense()) {
+    return at::Tensor(at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
+  }
   return at::empty_like(like, at::TensorOptions(), format);
 }
 

@@ -1,7 +1,4 @@
 // CPU entries of cross_entropy and nll_loss: checks, problem, chunks, kernel, reduction.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "../loss_problem.h"
@@ -77,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
                            weight,          reduction, ignore_index, label_smoothing};
   LossProblem loss = make_loss_problem(args, dtype);
   Tensor result = empty_loss(loss, reduction);
-  Tensor row_stats = at::empty(loss.stats_sizes(), logits.options().dtype(loss.acc_dtype));
-  Tensor total_weight = at::empty({}, logits.options().dtype(loss.acc_dtype));
+  Tensor row_stats = empty_beside(logits, loss.stats_sizes(), loss.acc_dtype);
+  Tensor total_weight = empty_beside(logits, {}, loss.acc_dtype);
   ChunkResult total;
   if (loss.probabilities_given &&
       logits.numel() == 0) {  // a sum over no classes is zero, though its log-sum-exp is -inf
@@ -165,9 +162,10 @@ std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDty
   Tensor value = empty_loss(loss, args.reduction), grad = empty_gradient(loss, out), computed = grad;
   ChunkResult total;
   if (loss.rows() > 0 && args.input.numel() > 0) {
-    const auto acc = args.input.options().dtype(loss.acc_dtype);
-    const Tensor row_stats = at::empty(loss.stats_sizes(), acc), one = at::ones({}, acc);
-    Tensor total_weight = at::empty({}, acc);
+    const Tensor row_stats = empty_beside(args.input, loss.stats_sizes(), loss.acc_dtype);
+    Tensor one = empty_beside(args.input, {}, loss.acc_dtype),
+           total_weight = empty_beside(args.input, {}, loss.acc_dtype);
+    set_scalar(one, 1.);
     set_scalar(total_weight, divisor);
     const Arrays arrays = share_layout(loss, &computed);
     const CrossEntropyForward f = forward_problem(loss, arrays, row_stats);
@@ -237,7 +235,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const T
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
   LossProblem loss = make_loss_problem(args, dtype);
   Tensor result = empty_loss(loss, reduction);
-  Tensor total_weight = at::empty({}, log_probs.options().dtype(loss.acc_dtype));
+  Tensor total_weight = empty_beside(log_probs, {}, loss.acc_dtype);
   ChunkResult total;
   if (loss.rows() > 0) {
     NllLossForward p;

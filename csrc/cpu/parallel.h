@@ -23,6 +23,11 @@ void for_each_chunk(const Chunks& chunks, const Body& body) {
 // Results are added chunk by chunk in order, whoever computed them.
 template <typename Body>
 ChunkResult sum_over_chunks(const Chunks& chunks, const Body& body) {
+  if (chunks.count == 1) {
+    ChunkResult only;
+    body(int64_t{0}, only);
+    return only;
+  }
   std::vector<ChunkResult> results(static_cast<size_t>(chunks.count));
   for_each_chunk(chunks, [&](int64_t chunk) {
     ChunkResult local;  // on the thread's own stack: neighbours in `results` share a cache line

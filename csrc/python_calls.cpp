@@ -1,0 +1,118 @@
+// From Python's arguments straight to the dispatcher. A call through torch.ops first matches them with the schema and
+// boxes them, which takes longer than the kernel of a small problem.
+#include "python_calls.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "ops.h"
+
+namespace nllx {
+
+namespace {
+
+// The arguments of one call, taken in order. nllx/functional.py gives all of them by position.
+class Arguments {
+ public:
+  Arguments(const char* op, PyObject* const* values, Py_ssize_t given, Py_ssize_t wanted) : op_(op), next_(values) {
+    TORCH_CHECK_TYPE(given == wanted, op, "() takes ", wanted, " arguments, but got ", given);
+  }
+
+  const at::Tensor& tensor(const char* name) {
+    PyObject* value = *next_++;
+    TORCH_CHECK_TYPE(THPVariable_Check(value), op_, "(): argument '", name, "' must be Tensor, not ",
+                     Py_TYPE(value)->tp_name);
+    return THPVariable_Unpack(value);
+  }
+  OptionalTensor optional_tensor(const char* name) {
+    if (*next_ != Py_None) return tensor(name);
+    ++next_;
+    return std::nullopt;
+  }
+  int64_t integer() {
+    const int64_t value = PyLong_AsLongLong(*next_++);
+    if (value == -1 && PyErr_Occurred()) throw python_error();
+    return value;
+  }
+  double real() {
+    const double value = PyFloat_AsDouble(*next_++);
+    if (value == -1. && PyErr_Occurred()) throw python_error();
+    return value;
+  }
+  bool boolean() { return *next_++ == Py_True; }
+
+ private:
+  const char* op_;
+  PyObject* const* next_;
+};
+
+PyObject* py_cross_entropy(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  HANDLE_TH_ERRORS
+  Arguments args("cross_entropy", values, given, 7);
+  const at::Tensor &logits = args.tensor("input"), &target = args.tensor("target");
+  const OptionalTensor weight = args.optional_tensor("weight");
+  const int64_t reduction = args.integer(), ignore_index = args.integer();
+  const double label_smoothing = args.real();
+  const bool inplace_backward = args.boolean();
+  at::Tensor loss;
+  {
+    pybind11::gil_scoped_release no_gil;
+    loss = nllx::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt,
+                               inplace_backward);
+  }
+  return THPVariable_Wrap(std::move(loss));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* py_nll_loss(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  HANDLE_TH_ERRORS
+  Arguments args("nll_loss", values, given, 5);
+  const at::Tensor &log_probs = args.tensor("input"), &target = args.tensor("target");
+  const OptionalTensor weight = args.optional_tensor("weight");
+  const int64_t reduction = args.integer(), ignore_index = args.integer();
+  at::Tensor loss;
+  {
+    pybind11::gil_scoped_release no_gil;
+    loss = nllx::nll_loss(log_probs, target, weight, reduction, ignore_index, std::nullopt);
+  }
+  return THPVariable_Wrap(std::move(loss));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* py_log_softmax(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  HANDLE_TH_ERRORS
+  Arguments args("log_softmax", values, given, 2);
+  const at::Tensor& input = args.tensor("input");
+  const int64_t dim = args.integer();
+  at::Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = nllx::log_softmax(input, dim, std::nullopt);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+template <typename Function>
+PyCFunction as_method(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"cross_entropy", as_method(&py_cross_entropy), METH_FASTCALL,
+     "cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward): "
+     "torch.ops.nllx.cross_entropy, with less work for each call."},
+    {"nll_loss", as_method(&py_nll_loss), METH_FASTCALL,
+     "nll_loss(input, target, weight, reduction, ignore_index): torch.ops.nllx.nll_loss, likewise."},
+    {"log_softmax", as_method(&py_log_softmax), METH_FASTCALL,
+     "log_softmax(input, dim): torch.ops.nllx.log_softmax, likewise."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void add_python_calls(PyObject* module) {
+  if (PyModule_AddFunctions(module, methods) != 0) throw pybind11::error_already_set();
+}
+
+}  // namespace nllx
