@@ -1,21 +1,20 @@
 // Autograd of every operator, in C++, so that a training step runs no Python. The kernels give the first derivative
 // with respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to
 // probability targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "backward_node.h"
 #include "ops.h"
 
 namespace nllx {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 namespace {
 
@@ -42,6 +41,11 @@ bool is_traced(const Tensor& t) {
          c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
+// functorch differentiates operators, not nodes of C++; its calls go another way (nllx/_reference.py).
+void check_no_functorch() {
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+}
+
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
@@ -58,49 +62,63 @@ void check_weight_gradient(const char* op, const Tensor& target, const OptionalT
 // ---- cross_entropy ----
 //
 // The statistics (of the rows, and the divisor of the mean) go to the backward and to the caller, but are no outputs of
-// the autograd node: they have no derivative, and marking them so would keep compiled autograd from tracing the node.
+// the autograd node: they have no derivative.
 
-struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
-  static constexpr bool is_traceable = true;
+struct CrossEntropyBackwardOp {
+  static constexpr const char* kName = "NllxCrossEntropyBackward";
+  static constexpr size_t kSaved = 5;  // logits, target, weight, row_stats, total_weight
+  static constexpr bool kSavesOutput = false;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
-                        std::tuple<Tensor&, Tensor&> statistics, bool inplace_backward) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [row_stats, total_weight] = statistics;
-    Tensor loss;
-    std::tie(loss, row_stats, total_weight) =
-        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({logits, target, or_undefined(weight), row_stats, total_weight});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    if (inplace_backward) ctx->saved_data["inplace_backward"] = true;
-    return loss;
+  int64_t reduction = 0;
+  c10::SymInt ignore_index;
+  double label_smoothing = 0;
+  bool inplace_backward = false;
+
+  template <typename F>
+  void visit(const F& f) {
+    f(reduction), f(ignore_index), f(label_smoothing), f(inplace_backward);
+  }
+  template <typename F>
+  void visit(const F& f) const {
+    f(reduction), f(ignore_index), f(label_smoothing), f(inplace_backward);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(9);
-    if (!grads[0].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
+  Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const {
     // A gradient that is itself differentiated needs the logits.
-    if (ctx->saved_data.count("inplace_backward") != 0 && !at::GradMode::is_enabled() && !is_traced(saved[0]) &&
-        !is_traced(grads[0]) && !any_has_tangent(grads[0], saved[0], saved[1])) {
+    if (inplace_backward && !at::GradMode::is_enabled() && !is_traced(saved[0]) && !is_traced(grad_output) &&
+        !any_has_tangent(grad_output, saved[0], saved[1])) {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor logits = saved[0].detach();
       saved[0].unsafeGetTensorImpl()->bump_version();  // whoever saved them, a second backward too, notices
-      result[0] = cross_entropy_backward_out(
-          grads[0], logits, saved[1], or_none(saved[2]), saved[3], saved[4], ctx->saved_data["reduction"].toInt(),
-          ctx->saved_data["ignore_index"].toSymInt(), ctx->saved_data["label_smoothing"].toDouble(), logits);
-      return result;
+      return cross_entropy_backward_out(grad_output, logits, saved[1], or_none(saved[2]), saved[3], saved[4], reduction,
+                                        ignore_index, label_smoothing, logits);
     }
-    result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3], saved[4],
-                                       ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toSymInt(),
-                                       ctx->saved_data["label_smoothing"].toDouble());
-    return result;
+    return cross_entropy_backward(grad_output, saved[0], saved[1], or_none(saved[2]), saved[3], saved[4], reduction,
+                                  ignore_index, label_smoothing);
   }
 };
+
+namespace {
+
+// The forward below autograd, and the node of its backward.
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_with_backward(const Tensor& logits, const Tensor& target,
+                                                               const OptionalTensor& weight, int64_t reduction,
+                                                               c10::SymInt ignore_index, double label_smoothing,
+                                                               OptionalDtype dtype, bool inplace_backward) {
+  check_no_functorch();
+  std::tuple<Tensor, Tensor, Tensor> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  }
+  const auto& [loss, row_stats, total_weight] = result;
+  set_backward(logits, loss,
+               CrossEntropyBackwardOp{reduction, std::move(ignore_index), label_smoothing, inplace_backward},
+               {logits, target, or_undefined(weight), row_stats, total_weight});
+  return result;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& logits, const Tensor& target,
                                                                   const OptionalTensor& weight, int64_t reduction,
@@ -117,10 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
   }
-  Tensor row_stats, total_weight;
-  const Tensor loss = CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                                  dtype, std::tie(row_stats, total_weight), false);
-  return {loss, row_stats, total_weight};
+  return cross_entropy_with_backward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype,
+                                     /*inplace_backward=*/false);
 }
 
 Tensor cross_entropy_inplace_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
@@ -137,9 +153,8 @@ Tensor cross_entropy_inplace_backward(const Tensor& logits, const Tensor& target
               "a leaf Variable that requires grad; call cross_entropy without inplace_backward, or give it the output "
               "of a layer");
   at::assert_no_internal_overlap(logits);
-  Tensor row_stats, total_weight;
-  return CrossEntropyFunction::apply(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype,
-                                     std::tie(row_stats, total_weight), true);
+  return std::get<0>(cross_entropy_with_backward(logits, target, weight, reduction, std::move(ignore_index),
+                                                 label_smoothing, dtype, /*inplace_backward=*/true));
 }
 
 // The gradient is computed at once; results have no graph.
@@ -188,30 +203,25 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
 
 // ---- nll_loss ----
 
-struct NllLossFunction : torch::autograd::Function<NllLossFunction> {
-  static constexpr bool is_traceable = true;
+struct NllLossBackwardOp {
+  static constexpr const char* kName = "NllxNllLossBackward";
+  static constexpr size_t kSaved = 4;  // log_probs, target, weight, total_weight
+  static constexpr bool kSavesOutput = false;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
-                        const OptionalTensor& weight, int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype,
-                        std::tuple<Tensor&> statistics) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [total_weight] = statistics;
-    Tensor loss;
-    std::tie(loss, total_weight) = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({log_probs, target, or_undefined(weight), total_weight});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    return loss;
+  int64_t reduction = 0;
+  c10::SymInt ignore_index;
+
+  template <typename F>
+  void visit(const F& f) {
+    f(reduction), f(ignore_index);
+  }
+  template <typename F>
+  void visit(const F& f) const {
+    f(reduction), f(ignore_index);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(7);
-    if (!grads[0].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    result[0] = nll_loss_backward(grads[0], saved[0], saved[1], or_none(saved[2]), saved[3],
-                                  ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toSymInt());
-    return result;
+  Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const {
+    return nll_loss_backward(grad_output, saved[0], saved[1], or_none(saved[2]), saved[3], reduction, ignore_index);
   }
 };
 
@@ -229,10 +239,16 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
   }
-  Tensor total_weight;
-  const Tensor loss =
-      NllLossFunction::apply(log_probs, target, weight, reduction, ignore_index, dtype, std::tie(total_weight));
-  return {loss, total_weight};
+  check_no_functorch();
+  std::tuple<Tensor, Tensor> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
+  }
+  const auto& [loss, total_weight] = result;
+  set_backward(log_probs, loss, NllLossBackwardOp{reduction, std::move(ignore_index)},
+               {log_probs, target, or_undefined(weight), total_weight});
+  return result;
 }
 
 Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
@@ -256,19 +272,24 @@ Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_p
 
 // ---- log_softmax ----
 
-struct LogSoftmaxFunction : torch::autograd::Function<LogSoftmaxFunction> {
-  static constexpr bool is_traceable = true;
+struct LogSoftmaxBackwardOp {
+  static constexpr const char* kName = "NllxLogSoftmaxBackward";
+  static constexpr size_t kSaved = 1;
+  static constexpr bool kSavesOutput = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, int64_t dim) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor output = log_softmax_forward(input, dim);
-    ctx->save_for_backward({output});
-    ctx->saved_data["dim"] = dim;
-    return output;
+  int64_t dim = 0;
+
+  template <typename F>
+  void visit(const F& f) {
+    f(dim);
+  }
+  template <typename F>
+  void visit(const F& f) const {
+    f(dim);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {log_softmax_backward(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["dim"].toInt()), Tensor()};
+  Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const {
+    return log_softmax_backward(grad_output, saved[0], dim);
   }
 };
 
@@ -283,7 +304,14 @@ Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return log_softmax_forward(input, dim);
   }
-  return LogSoftmaxFunction::apply(input, dim);
+  check_no_functorch();
+  Tensor output;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    output = log_softmax_forward(input, dim);
+  }
+  set_backward(input, output, LogSoftmaxBackwardOp{dim}, {output});
+  return output;
 }
 
 Tensor log_softmax_backward_autograd(const Tensor& grad_output, const Tensor& output, int64_t dim) {
