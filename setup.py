@@ -93,7 +93,9 @@ def main() -> None:
     macros: list[tuple[str, str | None]] = [("NLLX_TORCH_VERSION", f'"{torch.__version__}"')]
     sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
     # Without -fopenmp at::parallel_for, which is inlined from torch's headers, runs on one thread and says nothing.
-    cxx = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    cxx = ["-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    # As fast as -O3 -g, which Python adds, for kernels that are vectorised by hand, and compiled in half the time.
+    cxx += ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-g0"]
     flags = {"cxx": cxx}
     if with_cuda:
         os.environ["CUDA_HOME"] = find_cuda(torch.version.cuda)
@@ -116,7 +118,6 @@ def main() -> None:
         define_macros=macros,
         extra_compile_args=flags,
         # Linked without -fopenmp: the runtime is the one that libtorch_cpu brings. A second one is a second thread pool.
-        extra_link_args=["-Wl,--strip-debug"] if sys.platform == "linux" else [],
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
 

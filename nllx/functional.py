@@ -147,9 +147,7 @@ def cross_entropy(
         return _cross_entropy(
             input, target, weight, number, ignore_index, label_smoothing, inplace_backward=bool(inplace_backward)
         )
-    return _C.cross_entropy(
-        input, target, weight, number, ignore_index, label_smoothing, bool(inplace_backward)
-    )
+    return _C.cross_entropy(input, target, weight, number, ignore_index, label_smoothing, bool(inplace_backward))
 
 
 def cross_entropy_value_and_grad(
