@@ -32,7 +32,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=re.compile, metavar="PATTERN", help="cases in whose name this regular expression is found"
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, about a minute")
+    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, about two minutes")
     parser.add_argument("--rounds", type=int, help="measurements of each call (default: 11, quick: 5)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,10 +86,30 @@ def torch_functions(device: torch.device) -> Mapping[str, Function]:
     return {"cross_entropy": F.cross_entropy, "nll_loss": F.nll_loss, "log_softmax": F.log_softmax}
 
 
+def _jax(device: torch.device) -> Mapping[str, Function]:
+    if device.type != "cpu":
+        raise RuntimeError("timed on the CPU alone: JAX gives its work to streams of its own")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if torch.get_num_threads() != cores:
+        raise RuntimeError(
+            f"JAX uses all of {cores} cores, torch {torch.get_num_threads()}; bind the process to as many"
+        )
+    from . import jax_losses
+
+    return jax_losses.FUNCTIONS
+
+
+def bind_jax(function: Function, inputs: Inputs) -> Calls:
+    from . import jax_losses
+
+    return jax_losses.bind(function, inputs)
+
+
 BASELINE = "nllx"  # the table's ratios are to this one
 
 PROVIDERS: list[Provider] = [
     Provider(BASELINE, _nllx),
     Provider("torch", torch_functions),
     Provider("torch.compile", torch_functions, bind=bind_compiled),
+    Provider("jax", _jax, bind=bind_jax),
 ]

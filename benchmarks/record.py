@@ -97,6 +97,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "torch": torch.__version__,
             "nllx": getattr(sys.modules.get("nllx"), "__version__", None),  # of what is timed, installed or not
             "triton": _version("triton"),
+            "jax": _version("jax"),
             "cuda": torch.version.cuda,
         },
         "cpu": _cpu_model(),

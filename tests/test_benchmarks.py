@@ -112,7 +112,7 @@ def test_names_are_unique() -> None:
     assert all(case.origin for case in CASES)
 
 
-@pytest.mark.parametrize(
+SMALL_CASES = pytest.mark.parametrize(
     "case",
     [
         Case("index", "", (6, 5), label_smoothing=0.1),
@@ -124,6 +124,9 @@ def test_names_are_unique() -> None:
     ],
     ids=lambda case: case.name,
 )
+
+
+@SMALL_CASES
 def test_reference_takes_torch_as_right(case: Case) -> None:
     for dtype in (torch.float32, torch.float64):
         inputs = make_inputs(case, dtype, CPU)
@@ -134,6 +137,19 @@ def test_reference_takes_torch_as_right(case: Case) -> None:
         assert max(measure.Reference(case, inputs).errors(calls).values()) <= measure.TOLERANCE[dtype]
         if case.ignored:
             assert (inputs.args[0] == UNLABELLED).any()
+
+
+@SMALL_CASES
+def test_jax_provider_is_right(case: Case) -> None:
+    pytest.importorskip("jax")
+    from benchmarks import jax_losses
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        inputs = make_inputs(case, dtype, CPU)
+        calls = jax_losses.bind(jax_losses.FUNCTIONS[case.op], inputs)
+        assert max(measure.Reference(case, inputs).errors(calls).values()) <= measure.TOLERANCE[dtype]
+        _, gradient = calls.forward_backward()
+        assert gradient.stride() == inputs.logits.stride()
 
 
 class FakeProbes(MemoryProbes):
