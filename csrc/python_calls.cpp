@@ -46,6 +46,17 @@ class Arguments {
   PyObject* const* next_;
 };
 
+// Runs a loss while other Python threads go on, and gives its result to Python.
+template <typename Loss>
+PyObject* call_without_gil(const Loss& loss) {
+  at::Tensor result;
+  {
+    pybind11::gil_scoped_release no_gil;
+    result = loss();
+  }
+  return THPVariable_Wrap(std::move(result));
+}
+
 PyObject* py_cross_entropy(PyObject*, PyObject* const* values, Py_ssize_t given) {
   HANDLE_TH_ERRORS
   Arguments args("cross_entropy", values, given, 7);
@@ -54,13 +65,10 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* values, Py_ssize_t given)
   const int64_t reduction = args.integer(), ignore_index = args.integer();
   const double label_smoothing = args.real();
   const bool inplace_backward = args.boolean();
-  at::Tensor loss;
-  {
-    pybind11::gil_scoped_release no_gil;
-    loss = nllx::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt,
+  return call_without_gil([&] {
+    return nllx::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt,
                                inplace_backward);
-  }
-  return THPVariable_Wrap(std::move(loss));
+  });
   END_HANDLE_TH_ERRORS
 }
 
@@ -70,12 +78,8 @@ PyObject* py_nll_loss(PyObject*, PyObject* const* values, Py_ssize_t given) {
   const at::Tensor &log_probs = args.tensor("input"), &target = args.tensor("target");
   const OptionalTensor weight = args.optional_tensor("weight");
   const int64_t reduction = args.integer(), ignore_index = args.integer();
-  at::Tensor loss;
-  {
-    pybind11::gil_scoped_release no_gil;
-    loss = nllx::nll_loss(log_probs, target, weight, reduction, ignore_index, std::nullopt);
-  }
-  return THPVariable_Wrap(std::move(loss));
+  return call_without_gil(
+      [&] { return nllx::nll_loss(log_probs, target, weight, reduction, ignore_index, std::nullopt); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -84,12 +88,7 @@ PyObject* py_log_softmax(PyObject*, PyObject* const* values, Py_ssize_t given) {
   Arguments args("log_softmax", values, given, 2);
   const at::Tensor& input = args.tensor("input");
   const int64_t dim = args.integer();
-  at::Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = nllx::log_softmax(input, dim, std::nullopt);
-  }
-  return THPVariable_Wrap(std::move(output));
+  return call_without_gil([&] { return nllx::log_softmax(input, dim, std::nullopt); });
   END_HANDLE_TH_ERRORS
 }
 
