@@ -12,6 +12,7 @@ import torch
 
 from . import measure, report
 from .memory import MemoryProbes
+from .peak_memory import measure_apart
 from .providers import BASELINE, PROVIDERS
 from .record import Record, environment, save
 from .shapes import CASES
@@ -32,14 +33,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=re.compile, metavar="PATTERN", help="cases in whose name this regular expression is found"
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, about two minutes")
+    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, within a minute")
     parser.add_argument("--rounds", type=int, help="measurements of each call (default: 11, quick: 5)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: unless --quick)"
+    )
+    parser.add_argument(
+        "--peak-memory",
+        action=argparse.BooleanOptionalAction,
+        help="measure the peak of resident memory too, on the CPU (default: unless --quick)",
+    )
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args(arguments)
 
     options.rounds = options.rounds or (5 if options.quick else 11)
+    if options.compile is None:
+        options.compile = not options.quick
+    if options.peak_memory is None:
+        options.peak_memory = not options.quick
     if options.rounds < 2:
         parser.error("--rounds must be at least 2: one measurement has no spread")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in measure.TOLERANCE}
@@ -81,6 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
             for name, reason in absent.items()
         ],
     }
+    peaks = {}
+    if options.peak_memory and options.device.type == "cpu":
+        for dtype in options.dtypes:
+            for provider in loaded:
+                peaks[provider.name, dtype] = measure_apart(provider, options.cases, dtype)
     print(report.preamble(record))
     print(report.header(options.markdown), flush=True)
     try:
@@ -90,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
                     case, dtype, options.device, loaded, probes, timer, options.rounds, rng
                 )
                 for row in rows:
+                    if row["mode"] == "forward+backward":
+                        row["peak_bytes"] = peaks.get((row["provider"], dtype), {}).get(case.name)
                     print(report.line(row, options.markdown), flush=True)
                 record["rows"] += rows
                 record["absences"] += absences

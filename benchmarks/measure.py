@@ -151,6 +151,7 @@ def measure(
                     "memory": probes.summaries(probed),
                     "ratio": {other: paired_ratio(mine, seconds[other, mode]) for other in errors if other != name},
                     "error": errors[name],
+                    "peak_bytes": None,
                 }
             )
     return rows, absences

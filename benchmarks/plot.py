@@ -17,8 +17,8 @@ from .record import Record, load
 def draw(record: Record, path: Path) -> None:
     """One panel per dtype and mode: each provider's time on each case in multiples of the memory floor.
 
-    The floor is the least time that the byte model allows at the memory speed measured in the same rounds. The axis is
-    logarithmic; a mark is the median, the line through it the quartiles.
+    The floor, the black line, is the least time that the byte model allows at the memory speed measured in the same
+    rounds. The axis is logarithmic; a bar ends at the median, the line across its end spans the quartiles.
     """
     rows = record["rows"]
     if not rows:
@@ -26,7 +26,8 @@ def draw(record: Record, path: Path) -> None:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    height = 1.3 + 0.32 * len(cases) * len(dtypes)
+    thickness = 0.8 / len(names)
+    height = 1.3 + (0.12 + 0.11 * len(names)) * len(cases) * len(dtypes)
     figure, axes = pyplot.subplots(
         len(dtypes), len(MODES), figsize=(11, height), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
@@ -39,11 +40,12 @@ def draw(record: Record, path: Path) -> None:
                     [row["seconds"][key] / floor for row, floor in zip(shown, floors, strict=True)]
                     for key in ("median", "q1", "q3")
                 )
-                heights = [cases.index(row["case"]) + 0.15 * (index - (len(names) - 1) / 2) for row in shown]
-                axis.hlines(heights, q1, q3, color=f"C{index}", linewidth=1)
-                axis.plot(median, heights, "o", color=f"C{index}", markersize=4, label=name)
+                heights = [cases.index(row["case"]) + thickness * (index - (len(names) - 1) / 2) for row in shown]
+                axis.barh(heights, median, height=0.9 * thickness, color=f"C{index}", label=name)
+                axis.hlines(heights, q1, q3, color="black", linewidth=0.6)
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_xscale("log")
+            axis.set_xlim(left=0.5)
             axis.set_yticks(range(len(cases)), cases, fontsize=8)
             axis.set_title(f"{mode}, {dtype}", fontsize=9)
             axis.grid(axis="x", alpha=0.3)

@@ -22,7 +22,8 @@ class Row(TypedDict):
 
     ``seconds``: per call. ``bytes``: read and written, by the byte model. ``share``: memory floor over time.
     ``memory``: bytes per second of each probe in the same rounds. ``ratio``: this provider's time over that of each
-    other one. ``error``: largest relative errors against float64, see ``measure.error``.
+    other one. ``error``: largest relative errors against float64, see ``measure.error``. ``peak_bytes``: the most that
+    the call adds to resident memory, None where that was not measured.
     """
 
     case: str
@@ -39,6 +40,7 @@ class Row(TypedDict):
     memory: dict[str, Summary]
     ratio: dict[str, Summary]
     error: dict[str, float]
+    peak_bytes: int | None
 
 
 class Absence(TypedDict):

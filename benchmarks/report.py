@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from .providers import BASELINE
 from .record import Absence, Record, Row, load
@@ -21,6 +24,13 @@ def _ratio(row: Row) -> str:
     return f"{row['ratio'][BASELINE]['median']:.2f}" if BASELINE in row["ratio"] else "-"
 
 
+def _peak(row: Row) -> str:
+    """In multiples of the logits."""
+    peak = row.get("peak_bytes")  # older records have none
+    logits = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+    return "-" if peak is None else f"{peak / logits:.2f}"
+
+
 # Title, width (negative: left-aligned) and text of a column.
 COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("case", -36, lambda row: row["case"]),
@@ -32,6 +42,7 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     (f"× {BASELINE}", 7, _ratio),
     ("GB/s", 7, lambda row: f"{row['gb_per_s']:.3g}"),
     ("share", 6, lambda row: f"{100 * row['share']:.2g}%" if row["share"] < 1 else f"{row['share']:.0%}"),
+    ("peak", 6, _peak),
     ("error", 8, lambda row: f"{max(row['error'].values()):.1e}"),
 ]
 

@@ -55,6 +55,12 @@ def _planes(name: str, origin: str, shape: tuple[int, ...], quick: bool = False)
     ]
 
 
+def _alone(op: Op, origin: str) -> list[Case]:
+    shapes = [(32, 10), (4096, 1000), (2048, 32000), (1048576, 10), (8, 21, 512, 512)]
+    prefix = op.replace("_loss", "").replace("_", "-")
+    return [Case(f"{prefix}-{'x'.join(map(str, shape))}", f"{op} alone, {origin}", shape, op=op) for shape in shapes]
+
+
 CASES: list[Case] = [
     Case("lm-2048x32000", "one sequence of 2048 tokens, Llama 2 vocabulary", (2048, 32000)),
     Case("lm-512x128256", "512 tokens, Llama 3 vocabulary", (512, 128256)),
@@ -75,11 +81,12 @@ CASES: list[Case] = [
     Case("probabilities-256x32000", "distillation of a language model", (256, 32000), probabilities=True),
     Case("smoothing-4096x1000", "the usual ImageNet recipe, smoothing 0.1", (4096, 1000), label_smoothing=0.1),
     Case("smoothing-1024x32000", "translation with smoothing 0.1", (1024, 32000), label_smoothing=0.1),
-    Case("nll-4096x1000", "nll_loss alone, on log-probabilities", (4096, 1000), op="nll_loss"),
-    Case("nll-2048x32000", "nll_loss alone; the backward writes everything", (2048, 32000), op="nll_loss"),
-    Case("log-softmax-4096x1000", "log_softmax alone", (4096, 1000), op="log_softmax"),
-    Case("log-softmax-2048x32000", "log_softmax alone, larger than any cache", (2048, 32000), op="log_softmax"),
-    Case("log-softmax-8x21x512x512", "log_softmax over planes", (8, 21, 512, 512), op="log_softmax"),
+    Case("smoothing-1024x50257", "rows that start unaligned, smoothing 0.1", (1024, 50257), label_smoothing=0.1),
+    Case("smoothing-65536x10", "short rows, smoothing 0.1", (65536, 10), label_smoothing=0.1),
+    Case("smoothing-32x10", "a small classifier's step, smoothing 0.1", (32, 10), label_smoothing=0.1),
+    Case("smoothing-8x21x512x512", "segmentation, smoothing 0.1", (8, 21, 512, 512), label_smoothing=0.1),
+    *_alone("nll_loss", "on log-probabilities; one element of a row is read"),
+    *_alone("log_softmax", "what a model's last layer computes where the loss is NLLLoss"),
 ]
 
 

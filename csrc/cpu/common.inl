@@ -2,6 +2,11 @@
 
 constexpr int64_t kTile = Chunks::kTile;
 
+// Calls the body for the vectors of a tile: lanes i to i + k - 1 exist.
+#define NLLX_FOR_VECTORS(i, k, width)     \
+  for ([[maybe_unused]] int i = 0, k = 0; \
+       i < (width) && (k = (width) - i < kLanes<acc> ? (width) - i : kLanes<acc>, true); i += kLanes<acc>)
+
 template <typename acc>
 constexpr acc kLowest = -static_cast<acc>(__builtin_inf());
 
@@ -80,49 +85,137 @@ struct TileTargets {
   using integer = typename VecOf<acc>::integer;
   alignas(64) integer index[kTile];  // -1 for a row that does not count; so are those up to a whole vector
   alignas(64) acc weight[kTile];     // of the target's class, 0 for a row that does not count
-  bool all_count;
+  int64_t counted;                   // rows that count
 };
+// With more classes than this the numbers of TileTargets are those of a window of so many classes, and kernels of
+// planes read them anew for every window. A multiple of the classes that are taken together.
+template <typename acc>
+constexpr int64_t kClassWindow = (sizeof(acc) == 4 ? __INT32_MAX__ : __INT64_MAX__) - 3;
 
-template <typename Index, typename integer>
-NLLX_INLINE int64_t read_indices(const Index* from, int width, int64_t ignore_index, int64_t classes, integer* index) {
-  int64_t uncounted = 0, bad = 0;
-  for (int i = 0; i < width; ++i) {
+// The number of class c in its window.
+template <typename acc>
+NLLX_INLINE typename VecOf<acc>::integer class_in_window(int64_t c) {
+  if constexpr (sizeof(acc) == 4) c = c < kClassWindow<acc> ? c : c % kClassWindow<acc>;
+  return static_cast<typename VecOf<acc>::integer>(c);
+}
+// Whether class c is the first of a window other than the first one.
+template <typename acc>
+NLLX_INLINE bool starts_a_window(int64_t c) {
+  return c >= kClassWindow<acc> && c % kClassWindow<acc> == 0;
+}
+// The number of class y in the window from `first` on; for a class outside one that no class has.
+template <typename acc>
+NLLX_INLINE typename VecOf<acc>::integer number_in_window(int64_t y, int64_t first) {
+  const uint64_t number = static_cast<uint64_t>(y) - static_cast<uint64_t>(first), window = kClassWindow<acc>;
+  return static_cast<typename VecOf<acc>::integer>(number < window ? number : window);
+}
+
+// Reads rows from `begin` on, returns how many of them name no class and are not ignored.
+template <typename acc, typename Index>
+NLLX_INLINE int64_t read_indices(const Index* from, int begin, int width, int64_t ignore_index, int64_t classes,
+                                 int64_t first, TileTargets<acc>& s) {
+  int64_t counted = 0, bad = 0;
+  for (int i = begin; i < width; ++i) {
     const int64_t y = from[i];
-    const bool counts = (y != ignore_index) & is_class(y, classes);
-    index[i] = counts ? static_cast<integer>(y) : integer(-1);
-    uncounted += !counts;
-    bad += (y != ignore_index) & !is_class(y, classes);
+    const bool ignored = y == ignore_index, valid = is_class(y, classes);
+    s.index[i] = valid & !ignored ? number_in_window<acc>(y, first) : -1;
+    counted += valid & !ignored;
+    bad += !valid & !ignored;
   }
-  return bad ? -1 : uncounted;
+  s.counted += counted;
+  return bad;
+}
+
+NLLX_INLINE bool any_lane(vec_i64 mask) {
+  int64_t any = 0;
+  for (int i = 0; i < static_cast<int>(sizeof mask / 8); ++i) any |= mask[i];
+  return any != 0;
+}
+// Whole vectors of int64 indices, the type that torch's losses take; returns how many rows were read.
+NLLX_INLINE int read_index_vectors(const int64_t* from, int width, int64_t ignore_index, int64_t classes,
+                                   TileTargets<float>& s, bool& bad) {
+  constexpr int L = kLanes<float>, H = L / 2;
+  vec_i64 not_good{};
+  Mask<float> counted{};
+  int i = 0;
+  for (; i + L <= width; i += L) {
+    vec_i64 y[2], counts[2];
+    prefetch(from + i + 512);  // other arrays are read between one call and the next
+    for (int h = 0; h < 2; ++h) {
+      memcpy(&y[h], from + i + h * H, sizeof y[h]);
+      const vec_i64 present = y[h] != ignore_index, valid = (y[h] >= 0) & (y[h] < classes);
+      counts[h] = present & valid;
+      not_good |= present & ~valid;
+    }
+    const Mask<float> mask = low_halves(counts[0], counts[1]), index = low_halves(y[0], y[1]) | ~mask;
+    memcpy(s.index + i, &index, sizeof index);
+    counted -= mask;
+  }
+  for (int j = 0; j < L; ++j) s.counted += counted[j];
+  bad = any_lane(not_good);
+  return i;
+}
+
+// The numbers of the targets in the window from `first` on.
+template <typename acc>
+NLLX_INLINE void read_window(const Targets& t, int64_t classes, int64_t row, int width, int64_t first,
+                             TileTargets<acc>& s, ChunkResult& result) {
+  s.counted = 0;
+  bool bad = false;
+  switch (t.index_type) {
+    case IndexType::kInt64: {
+      const int64_t* from = static_cast<const int64_t*>(t.index) + row;
+      int done = 0;
+      if constexpr (sizeof(acc) == 4) {
+        if (classes <= kClassWindow<acc>) done = read_index_vectors(from, width, t.ignore_index, classes, s, bad);
+      }
+      bad |= read_indices(from, done, width, t.ignore_index, classes, first, s) > 0;
+      break;
+    }
+#define NLLX_READ(kType, type)                                                                                    \
+  case IndexType::kType:                                                                                          \
+    bad = read_indices(static_cast<const type*>(t.index) + row, 0, width, t.ignore_index, classes, first, s) > 0; \
+    break;
+      NLLX_READ(kInt32, int32_t)
+      NLLX_READ(kInt16, int16_t)
+      NLLX_READ(kInt8, int8_t)
+      NLLX_READ(kUInt8, uint8_t)
+#undef NLLX_READ
+  }
+  if (bad) {  // rare, and the call raises: look again, one by one
+    for (int i = 0; i < width; ++i) {
+      if (index_target<acc>(t, classes, row + i).bad) note_bad_target(result, row + i);
+    }
+  }
+  for (int i = width; i % kLanes<acc> != 0; ++i) s.index[i] = -1;
 }
 
 template <typename acc>
 NLLX_INLINE void read_targets(const Targets& t, int64_t classes, int64_t row, int width, TileTargets<acc>& s,
                               ChunkResult& result) {
-  int64_t uncounted = 0;
-  switch (t.index_type) {
-#define NLLX_READ(kType, type)                                                                                  \
-  case IndexType::kType:                                                                                        \
-    uncounted = read_indices(static_cast<const type*>(t.index) + row, width, t.ignore_index, classes, s.index); \
-    break;
-    NLLX_READ(kInt64, int64_t)
-    NLLX_READ(kInt32, int32_t)
-    NLLX_READ(kInt16, int16_t)
-    NLLX_READ(kInt8, int8_t)
-    NLLX_READ(kUInt8, uint8_t)
-#undef NLLX_READ
-  }
-  if (uncounted < 0) {  // rare, and the call raises: look again, one by one
-    for (int i = 0; i < width; ++i) {
-      if (index_target<acc>(t, classes, row + i).bad) note_bad_target(result, row + i);
-    }
-  }
-  s.all_count = uncounted == 0;
-  const int padded = (width + kLanes<acc> - 1) / kLanes<acc> * kLanes<acc>;
-  for (int i = width; i < padded; ++i) s.index[i] = -1;
+  read_window(t, classes, row, width, 0, s, result);
   const acc* weight = static_cast<const acc*>(t.weight);
-  for (int i = 0; i < padded; ++i) {
-    s.weight[i] = s.index[i] < 0 ? acc(0) : weight ? weight[s.index[i]] : acc(1);
+  const bool look_up = weight && s.counted > 0;
+  if (classes > kClassWindow<acc>) {
+    for (int i = 0; i < width; ++i) s.weight[i] = index_target<acc>(t, classes, row + i).weight;
+  } else if (look_up) {  // that of class 0 where the row does not count: a branch would be foretold badly
+    for (int i = 0; i < width; ++i) s.weight[i] = weight[s.index[i] < 0 ? 0 : s.index[i]];
+  }
+  NLLX_FOR_VECTORS(i, k, width) {
+    Mask<acc> index;
+    memcpy(&index, s.index + i, sizeof index);
+    store(s.weight + i, select(index >= 0, look_up ? load(s.weight + i) : broadcast(acc(1)), Vec<acc>{}));
+  }
+}
+
+// The value that a row's target names; class 0's where the row does not count.
+template <typename T, typename acc>
+NLLX_INLINE void gather_targets(const T* x, int64_t row_stride, int64_t class_stride, int width,
+                                const TileTargets<acc>& targets, acc* values) {
+  // Nothing but loads, so that many are under way.
+  for (int i = 0; i < width; ++i) {
+    const int64_t y = targets.index[i] < 0 ? 0 : static_cast<int64_t>(targets.index[i]);
+    values[i] = to_acc(x[i * row_stride + y * class_stride]);
   }
 }
 
@@ -138,16 +231,25 @@ NLLX_INLINE void store_row_loss(void* row_loss, bool is_acc, int64_t row, acc lo
   }
 }
 
-// In double, in eight sums: one would wait for each addition.
+// In double, in eight sums or more: one would wait for each addition.
 template <typename acc>
 NLLX_INLINE double sum_in_double(const acc* values, int n) {
-  double sums[8] = {};
+  constexpr int D = kLanes<double>, kSums = D < 8 ? 8 : D;
+  Vec<double> sums[kSums / D] = {};
   int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(values[i + j]);
+  for (; i + kSums <= n; i += kSums) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kSums / D; ++u) sums[u] += load_doubles(values + i + u * D);
   }
-  for (int j = 0; i + j < n; ++j) sums[j] += static_cast<double>(values[i + j]);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  double lanes[kSums];
+  memcpy(lanes, sums, sizeof lanes);
+  for (int j = 0; i + j < n; ++j) lanes[j] += static_cast<double>(values[i + j]);
+  return sum_of<kSums>(lanes);
+}
+// The weights of the rows that count.
+template <typename acc>
+NLLX_INLINE double sum_of_weights(const Targets& t, const TileTargets<acc>& s, int width) {
+  return t.weight ? sum_in_double(s.weight, width) : static_cast<double>(s.counted);
 }
 
 template <typename acc>
@@ -158,34 +260,75 @@ NLLX_INLINE acc incoming_gradient(const void* grad_output, int64_t stride, const
 
 // ---- what a row or a tile is written with ----
 
-// Writes the elements from begin to end: value(c, n) is the vector from c on, of which the first n are wanted. kStream:
-// past the caches, from where a whole vector is aligned.
-template <bool kStream, typename T, typename F>
-NLLX_INLINE void write_row(T* out, int64_t begin, int64_t end, const F& value) {
-  constexpr int L = kLanes<typename AccOf<T>::type>;
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+// Vectors whose exponentials are computed together.
+constexpr int kTogether = 4;
+
+// Lanes of vector u of K, of the last of which n are wanted.
+template <typename acc, int K>
+NLLX_INLINE int lanes_of(Count<K>, int u, int n) {
+  return u + 1 < K ? kLanes<acc> : n;
+}
+
+// Calls f(Count<K>, c, n) for the vectors from begin to end, at most kMost together: K vectors from c on, the last of
+// which has n lanes.
+template <int kMost, typename acc, typename F>
+NLLX_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
+  constexpr int L = kLanes<acc>;
   int64_t c = begin;
-  if constexpr (kStream) {
-    constexpr int64_t kBytes = static_cast<int64_t>(sizeof(T)) * L;
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out + c) % static_cast<uintptr_t>(kBytes));
-    const int64_t rest = past ? (kBytes - past) / static_cast<int64_t>(sizeof(T)) : 0;
-    const int n = static_cast<int>(end - c < rest ? end - c : rest);
-    if (n > 0) store_first(out + c, value(c, n), n);
-    for (c += n; c + L <= end; c += L) stream(out + c, value(c, L));
-  } else {
-    for (; c + L <= end; c += L) store(out + c, value(c, L));
+  for (; end - c > (kMost - 1) * L; c += kMost * L) {
+    f(Count<kMost>{}, c, end - c < kMost * L ? static_cast<int>(end - c) - (kMost - 1) * L : L);
   }
-  if (c < end) {
-    const int n = static_cast<int>(end - c);
-    store_first(out + c, value(c, n), n);
+  if constexpr (kMost > 1) {
+    if (c < end) for_vectors<kMost - 1, acc>(c, end, f);
   }
 }
 
-// Whether whole vectors of an array of planes are aligned wherever a tile starts.
-template <typename T>
-NLLX_INLINE bool planes_are_aligned(const void* data, const Strides& s) {
-  constexpr int L = kLanes<typename AccOf<T>::type>;
-  return reinterpret_cast<uintptr_t>(data) % (sizeof(T) * static_cast<uintptr_t>(L)) == 0 && s.classes % L == 0 &&
-         s.outer % L == 0;
+// Writes the elements from begin to end, past the caches where `streamed`: value(Count<K>, c, n, v) makes the K vectors
+// from c on, of the last of which n lanes are wanted. The element `at`, if there is one between them, is `at_value`
+// instead: written afterwards, it would bring its line back from memory.
+template <typename T, typename F>
+NLLX_INLINE void write_row(bool streamed, T* out, int64_t begin, int64_t end, const F& value, int64_t at = -1,
+                           T at_value = T{}) {
+  using acc = typename AccOf<T>::type;
+  constexpr int L = kLanes<acc>, kVectors = kLine<T> / L > kTogether ? kLine<T> / L : kTogether;
+  int64_t c = begin;
+  if (streamed) {
+    for (; c < end && !starts_a_line(out + c); ++c) {
+      Vec<acc> v;
+      value(Count<1>{}, c, 1, &v);
+      store_first(out + c, v, 1);
+    }
+    if (at >= begin && at < c) out[at] = at_value;
+  }
+  for (; c + kVectors * L <= end; c += kVectors * L) {
+    Vec<acc> v[kVectors];
+    value(Count<kVectors>{}, c, L, v);
+    const bool has_target = static_cast<uint64_t>(at - c) < static_cast<uint64_t>(kVectors * L);
+    if (streamed) {
+      alignas(64) T lines[kVectors * L];
+#pragma GCC unroll 8
+      for (int u = 0; u < kVectors; ++u) store(lines + u * L, v[u]);
+      if (has_target) lines[at - c] = at_value;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors * L; i += kLine<T>) stream_line(out + c + i, lines + i);
+    } else {
+#pragma GCC unroll 8
+      for (int u = 0; u < kVectors; ++u) store(out + c + u * L, v[u]);
+      if (has_target) out[at] = at_value;
+    }
+  }
+  for_vectors<2, acc>(c, end, [&](auto count, int64_t first, int n) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    Vec<acc> v[K];
+    value(count, first, n, v);
+#pragma GCC unroll 2
+    for (int u = 0; u < K; ++u) store_some(out + first + u * L, v[u], lanes_of<acc>(count, u, n));
+  });
+  if (at >= c && at < end) out[at] = at_value;
 }
 
 // ---- rows and tiles ----
@@ -226,7 +369,3 @@ NLLX_INLINE Tile tile_of(const Extent& extent, int64_t unit) {
   return {outer, inner, outer * extent.inner + inner,
           static_cast<int>(extent.inner - inner < kTile ? extent.inner - inner : kTile)};
 }
-// Calls the body for the vectors of a tile: lanes i to i + k - 1 exist.
-#define NLLX_FOR_VECTORS(i, k, width)     \
-  for ([[maybe_unused]] int i = 0, k = 0; \
-       i < (width) && (k = (width) - i < kLanes<acc> ? (width) - i : kLanes<acc>, true); i += kLanes<acc>)

@@ -6,8 +6,6 @@
 // Holding all classes of a tile there instead, to take the maximum first, fails for planes whose size is a power of
 // two: all classes fall into the same sets of the caches.
 
-// Classes that are taken together.
-constexpr int kTogether = 4;
 // Classes whose exponentials are added in acc before they are added to the other blocks' sum.
 constexpr int64_t kClassBlock = 64;
 template <typename acc>
@@ -29,11 +27,6 @@ NLLX_INLINE Vec<acc> tile_coefficients(const ClassTerms<acc, P>& t, int64_t c, i
   return a;
 }
 
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
 // The sum of what earlier blocks of classes gave: what the additions round off is kept, since blocks may be thousands.
 template <typename acc>
 struct BlockTotals {
@@ -47,6 +40,7 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
                              const ClassTerms<acc, P>& terms, acc mass_before, TileSums<acc>& s,
                              const TileTargets<acc>* targets, acc* target_logits) {
   constexpr bool kScalarTerms = kTerms == Terms::kUniform || kTerms == Terms::kWeighted;
+  const typename VecOf<acc>::integer number = class_in_window<acc>(c);
   const auto add = [&](int i, int k) __attribute__((always_inline)) {
     Vec<acc> v[K];
     const Vec<acc> before = load(s.max + i);
@@ -59,7 +53,11 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     }
     store(s.max + i, max);
     const Vec<acc> moved = before - max;
-    Vec<acc> sum = load(s.sum + i) * exp_vec(moved);
+    Vec<acc> d[K], e[K + 1] = {moved};
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) d[u] = e[u + 1] = v[u] - max;
+    exp_vecs<K + 1>(e);
+    Vec<acc> sum = load(s.sum + i) * e[0];
     Vec<acc> dot{}, mass{};
     if constexpr (kTerms != Terms::kNone) dot = load(s.dot + i);
     // Before the first class there is no maximum to move from.
@@ -71,13 +69,12 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     }
 #pragma GCC unroll 4
     for (int u = 0; u < K; ++u) {
-      const Vec<acc> d = v[u] - max;
-      sum += exp_vec(d);
+      sum += e[u + 1];
       if constexpr (kTerms == Terms::kUniform) {
-        dot += terms.uniform * d;
+        dot += terms.uniform * d[u];
       } else if constexpr (kTerms != Terms::kNone) {
         const Vec<acc> a = tile_coefficients<kTerms>(terms, c + u, i, k);
-        dot += weighted_vec<acc>(a, d);
+        dot += weighted_vec<acc>(a, d[u]);
         if constexpr (kTerms == Terms::kProbabilities) mass += a;
       }
     }
@@ -90,7 +87,7 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
       Vec<acc> target = load(target_logits + i);
 #pragma GCC unroll 4
       for (int u = 0; u < K; ++u) {
-        target = select(index == static_cast<typename VecOf<acc>::integer>(c + u), v[u], target);
+        target = select(index == number + u, v[u], target);
       }
       store(target_logits + i, target);
     }
@@ -120,10 +117,10 @@ NLLX_INLINE void end_block(int width, TileSums<acc>& s, BlockTotals<acc>& t, boo
 }
 
 // The sums of a tile. x: the logits of class 0; next: those of the tile that comes next.
-template <Terms kTerms, bool kTarget, typename T, typename acc, typename P>
+template <Terms kTerms, bool kTarget, typename T, typename acc, typename P, typename F>
 NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t classes, int width,
-                            const ClassTerms<acc, P>& terms, TileSums<acc>& s,
-                            const TileTargets<acc>* targets = nullptr, acc* target_logits = nullptr) {
+                            const ClassTerms<acc, P>& terms, TileSums<acc>& s, TileTargets<acc>* targets,
+                            acc* target_logits, const F& next_window) {
   NLLX_FOR_VECTORS(i, k, width) {
     store(s.max + i, broadcast(kSmallest<acc>));
     store(s.sum + i, Vec<acc>{});
@@ -139,6 +136,7 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     const T* xc = x + c * stride;
     const T* then = left > n ? xc + n * stride : next;
     const acc mass_before = static_cast<acc>(mass);
+    if (kTarget && starts_a_window<acc>(c)) next_window(c);
     const auto add = [&](auto count) __attribute__((always_inline)) {
       add_classes<kTerms, kTarget, decltype(count)::value, T, acc, P>(xc, then, stride, c, width, terms, mass_before, s,
                                                                       targets, target_logits);
@@ -186,64 +184,47 @@ void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& ch
     const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
     constexpr bool kTarget = kTerms != Terms::kProbabilities;
     if constexpr (kTarget) read_targets(p.targets, p.extent.classes, tile.row, tile.width, targets, result);
-    sum_planes<kTerms, kTarget, T, acc, P>(x, x + kTile, stride, p.extent.classes, tile.width, terms, s, &targets,
-                                           target_logits);
+    sum_planes<kTerms, kTarget, T, acc, P>(
+        x, x + kTile, stride, p.extent.classes, tile.width, terms, s, &targets, target_logits,
+        [&](int64_t c) { read_window(p.targets, p.extent.classes, tile.row, tile.width, c, targets, result); });
     finish_forward_tile<T, kTerms>(p, tile.row, tile.width, terms.scale, targets, target_logits, s, result);
   }
 }
 
 // ---- backward ----
 
-// The gradient of K classes of a tile from c on; it may lie over the logits x. kAll: all rows count.
-template <Terms kTerms, bool kAll, bool kStream, int K, typename T, typename acc, typename P>
-NLLX_INLINE void gradient_of_classes(const T* x, const T* next, int64_t stride, int64_t c, int width,
-                                     const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
-                                     const TileGradient<acc>& s, T* grad, int64_t grad_stride) {
+// The gradient of class c of a tile; it may lie over the logits x. `next` is prefetched.
+template <Terms kTerms, typename T, typename acc, typename P>
+NLLX_INLINE void gradient_of_class(bool streamed, const T* x, const T* next, int64_t c, int width,
+                                   const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
+                                   const TileGradient<acc>& s, T* grad) {
   constexpr bool kIndex = kTerms != Terms::kProbabilities;
-  const auto write = [&](int i, int k) __attribute__((always_inline)) {
-    const Vec<acc> max = load(s.max + i), factor = load(s.factor + i), at_target = load(s.at_target + i);
-    Vec<acc> incoming;
-    Mask<acc> index;
-    if constexpr (kTerms != Terms::kNone) incoming = load(s.k + i);
-    if constexpr (kIndex) memcpy(&index, targets.index + i, sizeof index);
-#pragma GCC unroll 4
+  const typename VecOf<acc>::integer number = class_in_window<acc>(c);
+  const auto value = [&](auto count, int64_t first, int k, Vec<acc>* g) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value, L = kLanes<acc>;
+#pragma GCC unroll 8
     for (int u = 0; u < K; ++u) {
-      prefetch(next + u * stride + i);
-      Vec<acc> g = factor * exp_vec(load_some(x + u * stride + i, k, acc(0)) - max);
-      if constexpr (kIndex) {
-        g = select(index == static_cast<typename VecOf<acc>::integer>(c + u), g - at_target, g);
+      const int64_t i = first + u * L;
+      prefetch(next + i);
+      g[u] = load_some(x + i, lanes_of<acc>(count, u, k), acc(0)) - load(s.max + i);
+    }
+    exp_vecs<K>(g);
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) {
+      const int64_t i = first + u * L;
+      g[u] *= load(s.factor + i);
+      if constexpr (kTerms != Terms::kNone) {
+        g[u] -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, static_cast<int>(i), lanes_of<acc>(count, u, k));
       }
-      if constexpr (kTerms != Terms::kNone) g -= incoming * tile_coefficients<kTerms>(terms, c + u, i, k);
-      if constexpr (kIndex && !kAll) g = select(index >= 0, g, Vec<acc>{});
-      T* to = grad + u * grad_stride + i;
-      if (kStream && k == kLanes<acc>) {
-        stream(to, g);
-      } else {
-        store_some(to, g, k);
+      if constexpr (kIndex) {
+        Mask<acc> index;
+        memcpy(&index, targets.index + i, sizeof index);
+        g[u] -= select(index == number, load(s.at_target + i), Vec<acc>{});
+        g[u] = select(index >= 0, g[u], Vec<acc>{});  // also where the logit is NaN
       }
     }
   };
-  int i = 0;
-  for (; i + kLanes<acc> <= width; i += kLanes<acc>) write(i, kLanes<acc>);
-  if (i < width) write(i, width - i);
-}
-
-template <Terms kTerms, bool kAll, bool kStream, typename T, typename acc, typename P>
-void gradient_of_planes(const T* x, const T* next, int64_t stride, int64_t classes, int width,
-                        const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets, const TileGradient<acc>& s,
-                        T* grad, int64_t grad_stride) {
-  int64_t c = 0;
-  for (; c + kTogether <= classes; c += kTogether) {
-    const T* xc = x + c * stride;
-    gradient_of_classes<kTerms, kAll, kStream, kTogether, T, acc, P>(
-        xc, c + kTogether < classes ? xc + kTogether * stride : next, stride, c, width, terms, targets, s,
-        grad + c * grad_stride, grad_stride);
-  }
-  for (; c < classes; ++c) {
-    const T* xc = x + c * stride;
-    gradient_of_classes<kTerms, kAll, kStream, 1, T, acc, P>(xc, c + 1 < classes ? xc + stride : next, stride, c, width,
-                                                             terms, targets, s, grad + c * grad_stride, grad_stride);
-  }
+  write_row(streamed, grad, 0, width, value);
 }
 
 template <typename T, Terms kTerms, typename P>
@@ -255,7 +236,6 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
   // Lanes beyond the width of a tile are computed too, and dropped.
   memset(&s, 0, sizeof s);
   const int64_t classes = p.extent.classes, stride = p.logits_strides.classes, grad_stride = p.grad_strides.classes;
-  const bool stream = chunks.stream && planes_are_aligned<T>(p.grad_logits, p.grad_strides);
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
     const Tile tile = tile_of(p.extent, unit);
     const T* x = static_cast<const T*>(p.logits) + tile.outer * p.logits_strides.outer + tile.inner;
@@ -276,12 +256,15 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
       read_targets(p.targets, classes, tile.row, tile.width, targets, result);
     }
     begin_backward_tile<kTerms>(p, tile.row, tile.width, terms, targets, s);
-    const bool all = kTerms == Terms::kProbabilities || targets.all_count;
-    const auto run = all ? (stream ? gradient_of_planes<kTerms, true, true, T, acc, P>
-                                   : gradient_of_planes<kTerms, true, false, T, acc, P>)
-                         : (stream ? gradient_of_planes<kTerms, false, true, T, acc, P>
-                                   : gradient_of_planes<kTerms, false, false, T, acc, P>);
-    run(x, x + kTile, stride, classes, tile.width, terms, targets, s, grad, grad_stride);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* xc = x + c * stride;
+      const T* next = c + 1 < classes ? xc + stride : x + kTile;
+      if (kTerms != Terms::kProbabilities && starts_a_window<acc>(c)) {
+        read_window(p.targets, classes, tile.row, tile.width, c, targets, result);
+      }
+      gradient_of_class<kTerms, T, acc, P>(chunks.stream, xc, next, c, tile.width, terms, targets, s,
+                                           grad + c * grad_stride);
+    }
   }
-  if (stream) end_stream();
+  if (chunks.stream) end_stream();
 }

@@ -73,27 +73,35 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
     sum[u] = dot[u] = mass[u] = Vec<acc>{};
     max[u] = shift;
   }
-  const auto add = [&](int u, int64_t c, int k) __attribute__((always_inline)) {
-    const Vec<acc> logit = load_some(x + c, k, kLowest<acc>), v = logit - shift;
-    if constexpr (kMax) {
-      max[u] = max_not_nan(max[u], logit);
-    } else {
-      prefetch(x + c + ahead);
+  const auto add = [&](auto count, int64_t first, int k) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    Vec<acc> v[K], e[K];
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      const Vec<acc> logit = load_some(x + first + u * L, k, kLowest<acc>);
+      e[u] = v[u] = logit - shift;
+      if constexpr (kMax) {
+        max[u] = max_not_nan(max[u], logit);
+      } else {
+        prefetch(x + first + u * L + ahead);
+      }
     }
-    sum[u] += exp_vec(v);
-    if constexpr (kTerms == Terms::kUniform) {
-      dot[u] += k == L ? v : select(first_lanes<acc>(k), v, Vec<acc>{});
-    } else if constexpr (kTerms != Terms::kNone) {
-      const Vec<acc> a = row_coefficients<kTerms>(terms, start + c, k);
-      dot[u] += weighted_vec<acc>(a, v);
-      mass[u] += a;
+    exp_vecs<K>(e);
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      sum[u] += e[u];
+      if constexpr (kTerms == Terms::kUniform) {
+        dot[u] += k == L ? v[u] : select(first_lanes<acc>(k), v[u], Vec<acc>{});
+      } else if constexpr (kTerms != Terms::kNone) {
+        const Vec<acc> a = row_coefficients<kTerms>(terms, start + first + u * L, k);
+        dot[u] += weighted_vec<acc>(a, v[u]);
+        mass[u] += a;
+      }
     }
   };
   int64_t c = 0;
-  for (; c + U * L <= n; c += U * L) {
-    for (int u = 0; u < U; ++u) add(u, c + u * L, L);
-  }
-  for (; c < n; c += L) add(0, c, n - c < L ? static_cast<int>(n - c) : L);
+  for (; c + U * L <= n; c += U * L) add(Count<U>{}, c, L);
+  for (; c < n; c += L) add(Count<1>{}, c, n - c < L ? static_cast<int>(n - c) : L);
 
   RowSums<acc> result;
   for (int u = 1; u < U; ++u) {
@@ -263,24 +271,42 @@ NLLX_INLINE acc probability_mass(const ClassTerms<acc, P>& terms, int64_t classe
   return static_cast<acc>(sum);
 }
 
-// gradient_c = factor exp(x_c - m) - k a_c for the classes from begin to end.
-template <Terms kTerms, bool kStream, typename T, typename acc, typename P>
-NLLX_INLINE void gradient_of_segment(const T* x, T* grad, int64_t begin, int64_t end, acc max, acc factor, acc k,
-                                     const ClassTerms<acc, P>& terms) {
-  const Vec<acc> m = broadcast(max), f = broadcast(factor), incoming = broadcast(k);
-  const Vec<acc> uniform = broadcast(k * terms.uniform);
-  write_row<kStream>(grad, begin, end, [&](int64_t c, int n) __attribute__((always_inline)) {
-    Vec<acc> g = f * exp_vec(load_some(x + c, n, acc(0)) - m);
-    if constexpr (kTerms == Terms::kUniform) {
-      g -= uniform;
-    } else if constexpr (kTerms == Terms::kWeighted) {
-      g -= uniform * load_some(terms.weight + c, n, acc(0));
-    } else if constexpr (kTerms == Terms::kProbabilities) {
-      g -= incoming * row_coefficients<kTerms>(terms, c, n);
+// The gradient of a row: factor exp(x_c - m) - k a_c, but for what the target adds. As `value` of write_row.
+template <Terms kTerms, typename T, typename acc, typename P>
+struct RowGradient {
+  const T* x;
+  Vec<acc> max, factor, k, uniform;
+  const ClassTerms<acc, P>& terms;
+
+  RowGradient(const T* row, acc row_max, acc row_factor, acc incoming, const ClassTerms<acc, P>& t)
+      : x(row),
+        max(broadcast(row_max)),
+        factor(broadcast(row_factor)),
+        k(broadcast(incoming)),
+        uniform(broadcast(incoming * t.uniform)),
+        terms(t) {}
+
+  template <int K>
+  NLLX_MEMBER_INLINE void operator()(Count<K> count, int64_t first, int n, Vec<acc>* g) const {
+    constexpr int L = kLanes<acc>;
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) g[u] = load_some(x + first + u * L, lanes_of<acc>(count, u, n), acc(0)) - max;
+    exp_vecs<K>(g);
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) {
+      [[maybe_unused]] const int64_t c = first + u * L;
+      [[maybe_unused]] const int lanes = lanes_of<acc>(count, u, n);
+      g[u] *= factor;
+      if constexpr (kTerms == Terms::kUniform) {
+        g[u] -= uniform;
+      } else if constexpr (kTerms == Terms::kWeighted) {
+        g[u] -= uniform * load_some(terms.weight + c, lanes, acc(0));
+      } else if constexpr (kTerms == Terms::kProbabilities) {
+        g[u] -= k * row_coefficients<kTerms>(terms, c, lanes);
+      }
     }
-    return g;
-  });
-}
+  }
+};
 
 template <typename T, Terms kTerms, typename P>
 NLLX_INLINE void backward_row(const CrossEntropyBackward& p, bool stream, int64_t row, int64_t begin, int64_t end,
@@ -312,12 +338,8 @@ NLLX_INLINE void backward_row(const CrossEntropyBackward& p, bool stream, int64_
     at_target = factor * exp_vec(broadcast(to_acc(x[y.index]) - stats.max))[0] -
                 k * (target_term + smoothing_term<kTerms>(terms, y.index));
   }
-  if (stream) {
-    gradient_of_segment<kTerms, true, T, acc, P>(x, grad, begin, end, stats.max, factor, k, terms);
-  } else {
-    gradient_of_segment<kTerms, false, T, acc, P>(x, grad, begin, end, stats.max, factor, k, terms);
-  }
-  if (has_target) grad[y.index] = from_acc<T>(at_target);
+  const RowGradient<kTerms, T, acc, P> value(x, stats.max, factor, k, terms);
+  write_row(stream, grad, begin, end, value, has_target ? y.index : -1, from_acc<T>(at_target));
 }
 
 template <typename T, Terms kTerms, typename P>

@@ -1,13 +1,14 @@
 // Cross entropy of rows whose classes are adjacent in memory and so few that what is done once for a row would cost
 // more than what is done for each class. Rows are taken in groups of up to kGroup: the vectors run over the classes of
-// one row where a row has more than a vector of them, else (few_*) over the rows of the group, transposed in the
-// first-level cache; losses and factors of a group are made by vectors of rows (tiles.inl) either way.
+// one row, or with at most kFew classes over the rows of the group, transposed in the first-level cache; losses and
+// factors of a group are made by vectors of rows (tiles.inl) either way.
 
-template <typename acc>
-constexpr int kGroup = 4 * kLanes<acc>;
+constexpr int kGroup = 64;
+constexpr int kFew = 16;
+static_assert(Chunks::kRowGroup % kGroup == 0, "a group does not end in the middle of a chunk");
 // A row of more classes is one of rows.inl.
 template <typename acc>
-constexpr int64_t kShortRow = 16 * kLanes<acc>;
+constexpr int64_t kShortRow = 1024 / static_cast<int64_t>(sizeof(acc));
 
 template <typename acc>
 NLLX_INLINE bool has_short_rows(Layout layout, const Extent& extent) {
@@ -65,25 +66,28 @@ NLLX_INLINE void sum_short_rows(const T* x, int64_t row_stride, int classes, int
     }
     const Vec<acc> shift = broadcast(s.max[i + j]);
     Vec<acc> sum{}, dot{}, mass{};
-    const auto add = [&](int c, int k) __attribute__((always_inline)) {
-      const Vec<acc> d = load_some(row + c, k, kLowest<acc>) - shift;
-      sum += exp_vec(d);
-      if constexpr (kTerms == Terms::kUniform) {
-        dot += k == L ? d : select(first_lanes<acc>(k), d, Vec<acc>{});
-      } else if constexpr (kTerms != Terms::kNone) {
-        const Vec<acc> a = row_coefficients<kTerms>(terms, c, k);
-        dot += weighted_vec<acc>(a, d);
-        mass += a;
+    const auto add = [&](auto count, int64_t first, int k) __attribute__((always_inline)) {
+      constexpr int K = decltype(count)::value;
+      Vec<acc> d[K], e[K];
+#pragma GCC unroll 4
+      for (int u = 0; u < K; ++u) {
+        prefetch(row + L * row_stride + first + u * L);
+        e[u] = d[u] = load_some(row + first + u * L, lanes_of<acc>(count, u, k), kLowest<acc>) - shift;
+      }
+      exp_vecs<K>(e);
+#pragma GCC unroll 4
+      for (int u = 0; u < K; ++u) {
+        sum += e[u];
+        if constexpr (kTerms == Terms::kUniform) {
+          dot += lanes_of<acc>(count, u, k) == L ? d[u] : select(first_lanes<acc>(k), d[u], Vec<acc>{});
+        } else if constexpr (kTerms != Terms::kNone) {
+          const Vec<acc> a = row_coefficients<kTerms>(terms, first + u * L, lanes_of<acc>(count, u, k));
+          dot += weighted_vec<acc>(a, d[u]);
+          mass += a;
+        }
       }
     };
-    for (int c = 0; c < whole; c += L) {
-      prefetch(row + L * row_stride + c);
-      add(c, L);
-    }
-    if (rest) {
-      prefetch(row + L * row_stride + whole);
-      add(whole, rest);
-    }
+    for_vectors<kTogether, acc>(0, classes, add);
     store(partial + j * L, sum);
     if constexpr (kTerms != Terms::kNone) store(dots + j * L, dot);
     if constexpr (kTerms != Terms::kNone && kTerms != Terms::kUniform) store(masses + j * L, mass);
@@ -100,89 +104,138 @@ NLLX_INLINE void sum_short_rows(const T* x, int64_t row_stride, int classes, int
 
 // ---- vectors over the rows ----
 
-// A row of at most a vector of classes.
-template <typename acc>
-NLLX_INLINE bool is_few(int64_t classes) {
-  return classes <= kLanes<acc>;
-}
+NLLX_INLINE bool has_few_classes(int64_t classes) { return classes <= kFew; }
 
 // `width` rows that are `row_stride` apart, as the columns of a tile whose classes are kGroup apart, up to a whole
 // vector of rows.
 template <typename T, typename acc>
 NLLX_INLINE void rows_to_tile(const T* rows, int64_t row_stride, int classes, int width, acc* tile) {
   constexpr int L = kLanes<acc>;
+  const T* end = rows + (width - 1) * row_stride + classes;
+  const int64_t ahead = kGroup * row_stride < 32 * kLine<T> ? 32 * kLine<T> : kGroup * row_stride;
   for (int i = 0; i < width; i += L) {
     const int n = width - i < L ? width - i : L;
     const T* x = rows + i * row_stride;
+    for (int64_t line = 0; line < L * row_stride; line += kLine<T>) prefetch(x + ahead + line);
     if (classes == 2 && row_stride == 2 && n == L) {
       Vec<acc> a = load(x), b = load(x + L);
       deinterleave(a, b, typename LanesTo<L>::type{});
       store(tile + i, a);
-      store(tile + kGroup<acc> + i, b);
+      store(tile + kGroup + i, b);
       continue;
     }
-    Vec<acc> v[L];
-    if (n == L && classes == L) {
+    for (int c = 0; c < classes; c += L) {
+      const int k = classes - c < L ? classes - c : L;
+      Vec<acc> v[L];
+      // A whole vector is read where it ends before the last row does: lanes beyond a row are those of the next.
+      if (n == L && x + (L - 1) * row_stride + c + L <= end) {
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) v[j] = load(x + j * row_stride);
-    } else {
+        for (int j = 0; j < L; ++j) v[j] = load(x + j * row_stride + c);
+      } else {
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) v[j] = load_first(x + (j < n ? j : 0) * row_stride, classes, acc(0));
+        for (int j = 0; j < L; ++j) v[j] = load_first(x + (j < n ? j : 0) * row_stride + c, k, acc(0));
+      }
+      transpose<acc>(v);
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) store(tile + (c + j) * kGroup + i, v[j]);
     }
-    transpose<acc>(v);
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) store(tile + j * kGroup<acc> + i, v[j]);
   }
 }
+// The rows from i on, up to a vector of them, adjacent in memory; writes up to a vector beyond the last row.
 template <typename T, typename acc>
-NLLX_INLINE void tile_to_rows(const acc* tile, T* rows, int64_t row_stride, int classes, int width) {
+NLLX_INLINE void tile_to_adjacent_rows(const acc* tile, int i, int classes, T* out) {
   constexpr int L = kLanes<acc>;
-  for (int i = 0; i < width; i += L) {
-    const int n = width - i < L ? width - i : L;
-    T* x = rows + i * row_stride;
-    if (classes == 2 && row_stride == 2 && n == L) {
-      Vec<acc> a = load(tile + i), b = load(tile + kGroup<acc> + i);
-      interleave(a, b, typename LanesTo<L>::type{});
-      store(x, a);
-      store(x + L, b);
-      continue;
-    }
+  if (classes == 2) {
+    Vec<acc> a = load(tile + i), b = load(tile + kGroup + i);
+    interleave(a, b, typename LanesTo<L>::type{});
+    store(out, a);
+    store(out + L, b);
+    return;
+  }
+  // From the last classes to the first: what a vector writes beyond its row is overwritten by the next row's.
+  for (int c = (classes - 1) / L * L; c >= 0; c -= L) {
     Vec<acc> v[L];
 #pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) v[j] = load(tile + j * kGroup<acc> + i);
+    for (int j = 0; j < L; ++j) v[j] = load(tile + (c + j) * kGroup + i);
     transpose<acc>(v);
-    if (n == L) {
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) store_some(x + j * row_stride, v[j], classes);
-    } else {
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) {
-        if (j < n) store_some(x + j * row_stride, v[j], classes);
-      }
-    }
+    for (int j = 0; j < L; ++j) store(out + j * classes + c, v[j]);
   }
+}
+// Writes the first `width` columns of a tile to rows, past the caches where `streamed`.
+template <typename T, typename acc>
+NLLX_INLINE void tile_to_rows(bool streamed, const acc* tile, T* rows, int64_t row_stride, int classes, int width) {
+  constexpr int L = kLanes<acc>;
+  alignas(64) T staged[kGroup * kFew + L];
+  if (classes == 0) return;
+  const bool adjacent = row_stride == classes;
+  streamed = streamed && adjacent && starts_a_line(rows);
+  int written = 0;  // rows
+  // What is written beyond the rows of a vector is overwritten with the next vector's.
+  const int beyond = (L - classes % L) % L;  // elements
+  for (; adjacent && !streamed && (written + L) * classes + beyond <= width * classes; written += L) {
+    tile_to_adjacent_rows(tile, written, classes, rows + written * classes);
+  }
+  for (int i = written; i < width; i += L) tile_to_adjacent_rows(tile, i, classes, staged + (i - written) * classes);
+  if (!adjacent) {
+    for (int i = 0; i < width; ++i) {
+      memcpy(rows + i * row_stride, staged + i * classes, sizeof(T) * static_cast<size_t>(classes));
+    }
+    return;
+  }
+  const int elements = (width - written) * classes;
+  int done = 0;
+  for (; streamed && done + kLine<T> <= elements; done += kLine<T>) stream_line(rows + done, staged + done);
+  memcpy(rows + written * classes + done, staged + done, sizeof(T) * static_cast<size_t>(elements - done));
 }
 
-// The sums of the vector of rows from i on.
+// Calls f(Count<K>, c) for all classes, kTogether at a time as long as there are as many.
+template <typename F>
+NLLX_INLINE void for_classes(int classes, const F& f) {
+  int c = 0;
+  for (; c + kTogether <= classes; c += kTogether) f(Count<kTogether>{}, c);
+  if (classes - c >= 2) {
+    f(Count<2>{}, c);
+    c += 2;
+  }
+  if (c < classes) f(Count<1>{}, c);
+}
+
+// The sums of the vector of rows from i on, and the logits of their targets.
 template <Terms kTerms, typename acc, typename P>
-NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<acc, P>& terms, TileSums<acc>& s) {
-  Vec<acc> max = broadcast(kLowest<acc>), sum{}, dot{};
-  for (int c = 0; c < classes; ++c) max = max_not_nan(max, load(tile + c * kGroup<acc> + i));
+NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<acc, P>& terms, TileSums<acc>& s,
+                         const TileTargets<acc>* targets = nullptr, acc* target_logits = nullptr) {
+  Vec<acc> max = broadcast(kLowest<acc>), sum{}, dot{}, target{};
+  Mask<acc> index{};
+  if (targets) memcpy(&index, targets->index + i, sizeof index);
+  for (int c = 0; c < classes; ++c) {
+    const Vec<acc> v = load(tile + c * kGroup + i);
+    max = max_not_nan(max, v);
+    if (targets) target = select(index == static_cast<typename VecOf<acc>::integer>(c), v, target);
+  }
   max = select(max == kLowest<acc>, Vec<acc>{}, max);
   acc mass = 0;
-  for (int c = 0; c < classes; ++c) {
-    const Vec<acc> d = load(tile + c * kGroup<acc> + i) - max;
-    sum += exp_vec(d);
-    if constexpr (kTerms == Terms::kUniform) dot += terms.uniform * d;
-    if constexpr (kTerms == Terms::kWeighted) {
-      dot += weighted_vec<acc>(broadcast(smoothing_term<kTerms>(terms, c)), d);
+  for_classes(classes, [&](auto count, int c) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    Vec<acc> d[K], e[K];
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) e[u] = d[u] = load(tile + (c + u) * kGroup + i) - max;
+    exp_vecs<K>(e);
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      sum += e[u];
+      if constexpr (kTerms == Terms::kUniform) dot += terms.uniform * d[u];
+      if constexpr (kTerms == Terms::kWeighted) {
+        dot += weighted_vec<acc>(broadcast(smoothing_term<kTerms>(terms, c + u)), d[u]);
+      }
+      mass += smoothing_term<kTerms>(terms, c + u);
     }
-    mass += smoothing_term<kTerms>(terms, c);
-  }
+  });
   store(s.max + i, max);
   store(s.sum + i, sum);
   store(s.dot + i, dot);
   store(s.mass + i, broadcast(mass));
+  if (targets) store(target_logits + i, target);
 }
 
 // The gradient of the vector of rows from i on, over their logits.
@@ -192,62 +245,74 @@ NLLX_INLINE void gradient_of_few(acc* tile, int classes, int i, const ClassTerms
   const Vec<acc> max = load(s.max + i), factor = load(s.factor + i), at_target = load(s.at_target + i);
   Mask<acc> index;
   memcpy(&index, targets.index + i, sizeof index);
-  for (int c = 0; c < classes; ++c) {
-    Vec<acc> g = factor * exp_vec(load(tile + c * kGroup<acc> + i) - max);
-    g = select(index == static_cast<typename VecOf<acc>::integer>(c), g - at_target, g);
-    if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * smoothing_term<kTerms>(terms, c);
-    store(tile + c * kGroup<acc> + i, select(index >= 0, g, Vec<acc>{}));
-  }
+  for_classes(classes, [&](auto count, int c) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    Vec<acc> g[K];
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) g[u] = load(tile + (c + u) * kGroup + i) - max;
+    exp_vecs<K>(g);
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      g[u] = factor * g[u] - select(index == static_cast<typename VecOf<acc>::integer>(c + u), at_target, Vec<acc>{});
+      if constexpr (kTerms != Terms::kNone) g[u] -= load(s.k + i) * smoothing_term<kTerms>(terms, c + u);
+      store(tile + (c + u) * kGroup + i, select(index >= 0, g[u], Vec<acc>{}));
+    }
+  });
 }
 
 // ---- the kernels ----
+
+// The gradients at the targets of up to a vector of rows, of which the first is row i of the tile.
+template <Terms kTerms, typename T, typename acc, typename P>
+NLLX_INLINE void gradients_at_targets(const T* x, int64_t row_stride, int i, int rows, const ClassTerms<acc, P>& terms,
+                                      const TileTargets<acc>& targets, const TileGradient<acc>& s, acc* result) {
+  for (int j = 0; j < rows; ++j) {
+    const int64_t y = targets.index[i + j] < 0 ? 0 : static_cast<int64_t>(targets.index[i + j]);
+    result[j] = to_acc(x[j * row_stride + y]);
+  }
+  Vec<acc> g = load(s.factor + i) * exp_vec(load(result) - load(s.max + i)) - load(s.at_target + i);
+  if constexpr (kTerms == Terms::kUniform) g -= load(s.k + i) * terms.uniform;
+  if constexpr (kTerms == Terms::kWeighted) g -= load(s.k + i) * (terms.uniform * load(targets.weight + i));
+  store(result, g);
+}
 
 template <typename T, Terms kTerms, typename P>
 void cross_entropy_forward_short_rows(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
                                       ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   constexpr int L = kLanes<acc>;
-  alignas(64) acc tile[L * kGroup<acc>];
-  alignas(64) acc target_logits[kGroup<acc>];
+  alignas(64) acc tile[kFew * kGroup];
+  alignas(64) acc target_logits[kGroup];
   TileSums<acc> s;
   TileTargets<acc> targets;
   const int64_t row_stride = row_step(p.extent, p.logits_strides);
   const int64_t probability_stride = row_step(p.extent, p.targets.probability_strides);
   const int classes = static_cast<int>(p.extent.classes);
-  const bool few = kTerms != Terms::kProbabilities && is_few<acc>(classes);
-  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>,
-               [&](int64_t row, const Row& r, int width) {
-                 const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
-                 const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
-                 if constexpr (kTerms != Terms::kProbabilities) {
-                   read_targets(p.targets, classes, row, width, targets, result);
-                 }
-                 if (few) {
-                   rows_to_tile(x, row_stride, classes, width, tile);
-                   for (int i = 0; i < width; i += L) sum_few<kTerms>(tile, classes, i, terms, s);
-                 } else {
-                   for (int i = 0; i < width; i += L) {
-                     ClassTerms<acc, P> from = terms;
-                     if constexpr (kTerms == Terms::kProbabilities) from.probabilities += i * probability_stride;
-                     sum_short_rows<kTerms, T, acc, P>(x + i * row_stride, row_stride, classes, i,
-                                                       width - i < L ? width - i : L, from, probability_stride, s);
-                   }
-                 }
-                 if constexpr (kTerms != Terms::kProbabilities) {
-                   for (int i = 0; i < width && classes > 0; ++i) {
-                     const int64_t y = targets.index[i] < 0 ? 0 : static_cast<int64_t>(targets.index[i]);
-                     target_logits[i] = to_acc(x[i * row_stride + y]);
-                   }
-                 }
-                 finish_forward_tile<T, kTerms>(p, row, width, terms.scale, targets, target_logits, s, result);
-               });
-}
-
-// Bytes that are a multiple of 64, from and to addresses that are too.
-NLLX_INLINE void stream_bytes(const void* from, void* to, int64_t bytes) {
-  const float* f = static_cast<const float*>(from);
-  float* t = static_cast<float*>(to);
-  for (int64_t i = 0; i < bytes / 4; i += kLanes<float>) stream(t + i, load(f + i));
+  const bool few = kTerms != Terms::kProbabilities && has_few_classes(classes);
+  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup, [&](int64_t row, const Row& r, int width) {
+    const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+    const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
+    if constexpr (kTerms != Terms::kProbabilities) {
+      read_targets(p.targets, classes, row, width, targets, result);
+    }
+    if (few) {
+      rows_to_tile(x, row_stride, classes, width, tile);
+      for (int i = 0; i < width; i += L) {
+        sum_few<kTerms>(tile, classes, i, terms, s, &targets, target_logits);
+      }
+    } else {
+      for (int i = 0; i < width; i += L) {
+        ClassTerms<acc, P> from = terms;
+        if constexpr (kTerms == Terms::kProbabilities) from.probabilities += i * probability_stride;
+        sum_short_rows<kTerms, T, acc, P>(x + i * row_stride, row_stride, classes, i, width - i < L ? width - i : L,
+                                          from, probability_stride, s);
+      }
+    }
+    if (kTerms != Terms::kProbabilities && !few) {
+      gather_targets(x, row_stride, 1, width, targets, target_logits);
+    }
+    finish_forward_tile<T, kTerms>(p, row, width, terms.scale, targets, target_logits, s, result);
+  });
 }
 
 template <typename T, Terms kTerms, typename P>
@@ -255,75 +320,75 @@ void cross_entropy_backward_short_rows(const CrossEntropyBackward& p, const Chun
                                        ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   constexpr int L = kLanes<acc>;
-  // Rows whose gradient is a multiple of 64 bytes; it is made in the cache and streamed from there.
-  constexpr int kStaged = 64 / static_cast<int>(sizeof(T));
-  alignas(64) acc tile[L * kGroup<acc>];
-  alignas(64) T staged[kStaged * kShortRow<acc>];
-  alignas(64) acc at_target[kGroup<acc>];
+  // Rows whose gradient is a number of whole lines; it is made in the cache and streamed from there.
+  constexpr int kStaged = kLine<T>;
+  alignas(64) acc tile[kFew * kGroup];
+  alignas(64) T staged[kStaged * kShortRow<acc> + L];
+  alignas(64) acc at_target[L];
   TileGradient<acc> s;
   TileTargets<acc> targets;
   memset(&s, 0, sizeof s);
   const int64_t row_stride = row_step(p.extent, p.logits_strides), grad_stride = row_step(p.extent, p.grad_strides);
   const int64_t probability_stride = row_step(p.extent, p.targets.probability_strides);
   const int classes = static_cast<int>(p.extent.classes);
-  const bool few = kTerms != Terms::kProbabilities && is_few<acc>(classes);
+  const bool few = kTerms != Terms::kProbabilities && has_few_classes(classes);
   const bool stream = chunks.stream && grad_stride == classes;
-  for_each_run(
-      p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup<acc>, [&](int64_t row, const Row& r, int width) {
-        const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
-        T* grad = static_cast<T*>(p.grad_logits) + r.offset(p.grad_strides);
-        ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
-        const P* probabilities = terms.probabilities;
+  for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup, [&](int64_t row, const Row& r, int width) {
+    const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
+    T* grad = static_cast<T*>(p.grad_logits) + r.offset(p.grad_strides);
+    ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
+    const P* probabilities = terms.probabilities;
+    if constexpr (kTerms == Terms::kProbabilities) {
+      for (int i = 0; i < width; ++i) {
+        terms.probabilities = probabilities + i * probability_stride;
+        s.at_target[i] = probability_mass(terms, classes);
+      }
+    } else {
+      read_targets(p.targets, classes, row, width, targets, result);
+    }
+    begin_backward_tile<kTerms>(p, row, width, terms, targets, s);
+    if (few) {
+      rows_to_tile(x, row_stride, classes, width, tile);
+      for (int i = 0; i < width; i += L) gradient_of_few<kTerms>(tile, classes, i, terms, targets, s);
+      return tile_to_rows(stream, static_cast<const acc*>(tile), grad, grad_stride, classes, width);
+    }
+    for (int first = 0; first < width; first += kStaged) {
+      const int rows = width - first < kStaged ? width - first : kStaged;
+      T* to = grad + first * grad_stride;
+      const bool streamed = stream && rows == kStaged && starts_a_line(to);
+      for (int j = 0; j < rows; ++j) {
+        const int i = first + j;
+        const T* row_x = x + i * row_stride;
+        if (kTerms != Terms::kProbabilities && j % L == 0) {
+          // Before a row is written: the gradient may lie over the logits.
+          gradients_at_targets<kTerms>(row_x, row_stride, i, rows - j < L ? rows - j : L, terms, targets, s, at_target);
+        }
+        T* g = streamed ? staged + j * classes : to + j * grad_stride;
+        for (int64_t c = 0; c < classes; c += kLine<T>) prefetch(row_x + 2 * L * row_stride + c);
         if constexpr (kTerms == Terms::kProbabilities) {
-          for (int i = 0; i < width; ++i) {
-            terms.probabilities = probabilities + i * probability_stride;
-            s.at_target[i] = probability_mass(terms, classes);
-          }
-        } else {
-          read_targets(p.targets, classes, row, width, targets, result);
+          terms.probabilities = probabilities + i * probability_stride;
+        } else if (targets.index[i] < 0) {
+          memset(g, 0, sizeof(T) * static_cast<size_t>(classes));
+          continue;
         }
-        begin_backward_tile<kTerms>(p, row, width, terms, targets, s);
-        if (few) {
-          rows_to_tile(x, row_stride, classes, width, tile);
-          for (int i = 0; i < width; i += L) gradient_of_few<kTerms>(tile, classes, i, terms, targets, s);
-        } else if constexpr (kTerms != Terms::kProbabilities) {
-          // Made before a row is written: the gradient may lie over the logits.
-          for (int i = 0; i < width; ++i) {
-            const int64_t y = targets.index[i] < 0 ? 0 : static_cast<int64_t>(targets.index[i]);
-            at_target[i] = to_acc(x[i * row_stride + y]);
+        const RowGradient<kTerms, T, acc, P> value(row_x, s.max[i], s.factor[i], s.k[i], terms);
+        for_vectors<kTogether, acc>(0, classes, [&](auto count, int64_t c, int n) __attribute__((always_inline)) {
+          constexpr int K = decltype(count)::value;
+          Vec<acc> v[K];
+          value(count, c, n, v);
+#pragma GCC unroll 4
+          for (int u = 0; u < K; ++u) {
+            // Beyond its row a vector is overwritten by the next one's, or lies behind the last.
+            const int lanes = streamed ? L : lanes_of<acc>(count, u, n);
+            store_some(g + c + u * L, v[u], lanes);
           }
-          NLLX_FOR_VECTORS(i, n, width) {
-            Vec<acc> g = load(s.factor + i) * exp_vec(load(at_target + i) - load(s.max + i)) - load(s.at_target + i);
-            if constexpr (kTerms == Terms::kUniform) g -= load(s.k + i) * terms.uniform;
-            if constexpr (kTerms == Terms::kWeighted) g -= load(s.k + i) * (terms.uniform * load(targets.weight + i));
-            store(at_target + i, g);
-          }
-        }
-        for (int first = 0; first < width; first += kStaged) {
-          const int rows = width - first < kStaged ? width - first : kStaged;
-          T* to = grad + first * grad_stride;
-          const bool streamed = stream && rows == kStaged && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-          T* out = streamed ? staged : to;
-          if (few) {
-            tile_to_rows(static_cast<const acc*>(tile + first), out, grad_stride, classes, rows);
-          } else {
-            for (int j = 0; j < rows; ++j) {
-              const int i = first + j;
-              T* g = out + j * grad_stride;
-              if constexpr (kTerms == Terms::kProbabilities) {
-                terms.probabilities = probabilities + i * probability_stride;
-              } else if (targets.index[i] < 0) {
-                memset(g, 0, sizeof(T) * static_cast<size_t>(classes));
-                continue;
-              }
-              prefetch(x + (i + L) * row_stride);
-              gradient_of_segment<kTerms, false, T, acc, P>(x + i * row_stride, g, 0, classes, s.max[i], s.factor[i],
-                                                            s.k[i], terms);
-              if constexpr (kTerms != Terms::kProbabilities) g[targets.index[i]] = from_acc<T>(at_target[i]);
-            }
-          }
-          if (streamed) stream_bytes(staged, to, static_cast<int64_t>(sizeof(T)) * kStaged * classes);
-        }
-      });
+        });
+        if constexpr (kTerms != Terms::kProbabilities) g[targets.index[i]] = from_acc<T>(at_target[i % L]);
+      }
+      for (int line = 0; streamed && line < classes; ++line) {
+        stream_line(to + line * kLine<T>, staged + line * kLine<T>);
+      }
+    }
+  });
   if (stream) end_stream();
 }

@@ -6,6 +6,34 @@ struct TileSums {
   alignas(64) acc max[kTile], sum[kTile], dot[kTile], mass[kTile];
 };
 
+template <typename acc>
+NLLX_INLINE void store_stats(const acc* max, const acc* log_sum, int width, RowStats<acc>* stats) {
+  constexpr int L = kLanes<acc>;
+  int i = 0;
+  for (; i + L <= width; i += L) {
+    Vec<acc> pairs[2] = {load(max + i), load(log_sum + i)};
+    interleave(pairs[0], pairs[1], typename LanesTo<L>::type{});
+    memcpy(static_cast<void*>(stats + i), pairs, sizeof pairs);
+  }
+  for (; i < width; ++i) stats[i] = {max[i], log_sum[i]};
+}
+template <typename acc>
+NLLX_INLINE void load_stats(const RowStats<acc>* stats, int width, acc* max, acc* log_sum) {
+  constexpr int L = kLanes<acc>;
+  int i = 0;
+  for (; i + L <= width; i += L) {
+    Vec<acc> pairs[2];
+    memcpy(pairs, stats + i, sizeof pairs);
+    deinterleave(pairs[0], pairs[1], typename LanesTo<L>::type{});
+    store(max + i, pairs[0]);
+    store(log_sum + i, pairs[1]);
+  }
+  for (; i < width; ++i) {
+    max[i] = stats[i].max;
+    log_sum[i] = stats[i].log_sum;
+  }
+}
+
 // Losses and statistics of a tile whose sums are known. target_logits: x_y of each row, read only where it counts.
 template <typename T, Terms kTerms, typename acc>
 NLLX_INLINE void finish_forward_tile(const CrossEntropyForward& p, int64_t row, int width, acc scale,
@@ -32,9 +60,9 @@ NLLX_INLINE void finish_forward_tile(const CrossEntropyForward& p, int64_t row, 
     }
     store(loss + i, l);
   }
-  for (int i = 0; i < width; ++i) stats[i] = {s.max[i], s.sum[i]};
+  store_stats(s.max, s.sum, width, stats);
   result.loss += sum_in_double(loss, width);
-  result.weight += kIndex ? sum_in_double(targets.weight, width) : static_cast<double>(width);
+  result.weight += kIndex ? sum_of_weights(p.targets, targets, width) : static_cast<double>(width);
   if (p.row_loss) {
     for (int i = 0; i < width; ++i) store_row_loss<T>(p.row_loss, p.row_loss_is_acc, row + i, loss[i]);
   }
@@ -55,10 +83,7 @@ NLLX_INLINE void begin_backward_tile(const CrossEntropyBackward& p, int64_t row,
                                      TileGradient<acc>& s) {
   const RowStats<acc>* stats = static_cast<const RowStats<acc>*>(p.row_stats) + row;
   const acc smoothing = smoothing_mass<kTerms>(p.targets, terms, p.extent.classes);
-  for (int i = 0; i < width; ++i) {
-    s.max[i] = stats[i].max;
-    s.factor[i] = -stats[i].log_sum;
-  }
+  load_stats(stats, width, s.max, s.factor);
   if (p.grad_output_stride == 0) {
     const Vec<acc> k = broadcast(incoming_gradient<acc>(p.grad_output, 0, p.total_weight, row));
     NLLX_FOR_VECTORS(i, n, width) store(s.k + i, k);
@@ -75,6 +100,6 @@ NLLX_INLINE void begin_backward_tile(const CrossEntropyBackward& p, int64_t row,
       mass = target_term + smoothing;
       store(s.at_target + i, k * target_term);
     }
-    store(s.factor + i, k * mass * exp_vec(load(s.factor + i)));
+    store(s.factor + i, k * mass * exp_vec(-load(s.factor + i)));
   }
 }

@@ -16,6 +16,7 @@
 #endif
 
 #define NLLX_INLINE static inline __attribute__((always_inline))
+#define NLLX_MEMBER_INLINE inline __attribute__((always_inline))
 
 namespace nllx {
 namespace NLLX_CAPABILITY {
@@ -182,10 +183,16 @@ NLLX_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
 NLLX_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
 NLLX_INLINE void store(bfloat16* p, Vec<float> v) {
   const vec_u32 u = bit_cast<vec_u32>(v);
-  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vec_u32 nan = bit_cast<vec_u32>(v != v);
-  const vec_u16 h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vec_u16);
+  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, bits = (nan & 0x7fc0u) | (~nan & rounded);
+#if NLLX_VECTOR_BYTES == 32
+  const __m256i w = bit_cast<__m256i>(bits);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+  const vec_u16 h = __builtin_convertvector(bits, vec_u16);
   memcpy(p, &h, sizeof h);
+#endif
 }
 NLLX_INLINE void store(float16* p, Vec<float> v) {
 #if NLLX_VECTOR_BYTES == 64
@@ -244,6 +251,69 @@ NLLX_INLINE void store_first_halves(half* p, Vec<float> v, int n) {
 }
 NLLX_INLINE void store_first(bfloat16* p, Vec<float> v, int n) { store_first_halves(p, v, n); }
 NLLX_INLINE void store_first(float16* p, Vec<float> v, int n) { store_first_halves(p, v, n); }
+#elif NLLX_VECTOR_BYTES == 32
+// A window of this, from 8 - n on, is a mask of n lanes.
+alignas(64) constexpr int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+NLLX_INLINE __m256i first_lanes8(int n) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirstLanes + 8 - n));
+}
+NLLX_INLINE Vec<float> load_first(const float* p, int n, float fill) {
+  const __m256i first = first_lanes8(n);
+  const __m256 v = _mm256_maskload_ps(p, first);
+  return bit_cast<Vec<float>>(_mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(first)));
+}
+NLLX_INLINE Vec<double> load_first(const double* p, int n, double fill) {
+  const __m256i first = first_lanes8(2 * n);
+  const __m256d v = _mm256_maskload_pd(p, first);
+  return bit_cast<Vec<double>>(_mm256_blendv_pd(_mm256_set1_pd(fill), v, _mm256_castsi256_pd(first)));
+}
+// Up to seven halves, in two words that may overlap in memory.
+NLLX_INLINE uint64_t load_word(const void* p, int halves) {
+  uint64_t word = 0;
+  if (halves == 4) {
+    memcpy(&word, p, 8);
+  } else {
+    if (halves & 2) memcpy(&word, p, 4);
+    uint16_t last = 0;
+    if (halves & 1) memcpy(&last, static_cast<const uint16_t*>(p) + halves - 1, 2);
+    if (halves & 1) word |= static_cast<uint64_t>(last) << (16 * (halves - 1));
+  }
+  return word;
+}
+template <typename half>
+NLLX_INLINE Vec<float> load_first_halves(const half* p, int n, float fill) {
+  const uint64_t words[2] = {load_word(p, n < 4 ? n : 4), n > 4 ? load_word(p + 4, n - 4) : 0};
+  half lanes[8];
+  memcpy(lanes, words, sizeof words);
+  return bit_cast<Vec<float>>(
+      _mm256_blendv_ps(_mm256_set1_ps(fill), bit_cast<__m256>(load(lanes)), _mm256_castsi256_ps(first_lanes8(n))));
+}
+NLLX_INLINE Vec<float> load_first(const bfloat16* p, int n, float fill) { return load_first_halves(p, n, fill); }
+NLLX_INLINE Vec<float> load_first(const float16* p, int n, float fill) { return load_first_halves(p, n, fill); }
+// A masked store takes longer than these (on AMD before Zen 4 by far).
+NLLX_INLINE void store_first(float* p, Vec<float> v, int n) {
+  __m128 part = _mm256_castps256_ps128(bit_cast<__m256>(v));
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(bit_cast<__m256>(v), 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
+}
+NLLX_INLINE void store_first(double* p, Vec<double> v, int n) {
+  __m128d part = _mm256_castpd256_pd128(bit_cast<__m256d>(v));
+  if (n & 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd(bit_cast<__m256d>(v), 1);
+    p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, part);
+}
 #endif
 
 // ---- streaming: past the caches, for results that will not be read soon ----
@@ -252,38 +322,42 @@ NLLX_INLINE void store_first(float16* p, Vec<float> v, int n) { store_first_halv
 #define NLLX_HAS_STREAMING 1
 #endif
 
-// p is a multiple of the vector's bytes in memory (half the vector for half precision).
+// Elements of a line of the caches, which is what memory takes at a time: a line that is streamed in parts, between
+// which others are written, may be written to memory several times.
 template <typename T>
-NLLX_INLINE void stream(T* p, Vec<typename AccOf<T>::type> v) {
+constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+
+template <typename T>
+NLLX_INLINE bool starts_a_line(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+// Copies a line; both start one.
+template <typename T>
+NLLX_INLINE void stream_line(T* to, const T* from) {
 #if NLLX_HAS_STREAMING
-  constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes<typename AccOf<T>::type>;
-  alignas(64) unsigned char bytes[kBytes];
-  store(reinterpret_cast<T*>(bytes), v);
 #if NLLX_VECTOR_BYTES == 64
-  if constexpr (kBytes == 64) {
-    __m512i w;
-    memcpy(&w, bytes, sizeof w);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), w);
-    return;
-  }
-#endif
-#if NLLX_VECTOR_BYTES >= 32
-  if constexpr (kBytes == 32) {
-    __m256i w;
-    memcpy(&w, bytes, sizeof w);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), w);
-    return;
-  }
-#endif
-  if constexpr (kBytes == 16) {
-    __m128i w;
-    memcpy(&w, bytes, sizeof w);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), w);
-    return;
-  }
-  if constexpr (kBytes < 16) memcpy(p, bytes, kBytes);  // a store of half a vector of 16 bytes does not stream
+  typedef __m512i word;
+#elif NLLX_VECTOR_BYTES == 32
+  typedef __m256i word;
 #else
-  store(p, v);
+  typedef __m128i word;
+#endif
+#pragma GCC unroll 4
+  for (int i = 0; i < 64 / static_cast<int>(sizeof(word)); ++i) {
+    word w;
+    memcpy(&w, reinterpret_cast<const unsigned char*>(from) + i * static_cast<int>(sizeof(word)), sizeof w);
+    word* p = reinterpret_cast<word*>(to) + i;
+#if NLLX_VECTOR_BYTES == 64
+    _mm512_stream_si512(p, w);
+#elif NLLX_VECTOR_BYTES == 32
+    _mm256_stream_si256(p, w);
+#else
+    _mm_stream_si128(p, w);
+#endif
+  }
+#else
+  memcpy(to, from, 64);
 #endif
 }
 // Streamed stores are ordered with what follows only by a fence.
@@ -333,6 +407,20 @@ NLLX_INLINE Vec<float> max_not_nan(Vec<float> a, Vec<float> b) {  // vmaxps give
   return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(b), bit_cast<__m512>(a)));
 }
 #endif
+
+// The larger, and NaN where x is NaN.
+NLLX_INLINE Vec<float> at_least(Vec<float> x, float limit) {
+  // vmaxps gives its second operand where one is NaN.
+#if NLLX_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(limit), bit_cast<__m512>(x)));
+#elif NLLX_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_max_ps(_mm256_set1_ps(limit), bit_cast<__m256>(x)));
+#elif defined(__x86_64__) || defined(_M_X64)
+  return bit_cast<Vec<float>>(_mm_max_ps(_mm_set1_ps(limit), bit_cast<__m128>(x)));
+#else
+  return select(x < limit, broadcast(limit), x);
+#endif
+}
 
 // ---- a square of lanes, transposed ----
 
@@ -387,71 +475,111 @@ NLLX_INLINE void interleave(V& a, V& b, Lanes<kLane...>) {
   b = high;
 }
 
+// ---- what neighbouring rows need ----
+
+// As many numbers as a vector of double has lanes, as double.
+NLLX_INLINE Vec<double> load_doubles(const float* p) {
+  typedef float half __attribute__((vector_size(NLLX_VECTOR_BYTES / 2)));
+  half v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+NLLX_INLINE Vec<double> load_doubles(const double* p) { return load(p); }
+
+// kLanes 64-bit integers as two vectors of their low and high halves (float), or as they are (double).
+typedef int64_t vec_i64 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+NLLX_INLINE Mask<float> low_halves(vec_i64 a, vec_i64 b) {
+  Vec<float> low = bit_cast<Vec<float>>(a), high = bit_cast<Vec<float>>(b);
+  deinterleave(low, high, typename LanesTo<kLanes<float>>::type{});
+  return bit_cast<Mask<float>>(low);
+}
+
 template <typename acc>
 NLLX_INLINE acc largest_lane(Vec<acc> v) {
   acc lanes[kLanes<acc>];
   store(lanes, v);
+#pragma GCC unroll 4
   for (int half = kLanes<acc> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
   }
   return lanes[0];
 }
-// As a tree, in double: the sum of a block is added to those of the other blocks.
-template <typename acc>
-NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
-  double lanes[kLanes<acc>];
-  for (int i = 0; i < kLanes<acc>; ++i) lanes[i] = static_cast<double>(v[i]);
-  for (int half = kLanes<acc> / 2; half > 0; half /= 2) {
+// As a tree.
+template <int n>
+NLLX_INLINE double sum_of(double* lanes) {
+#pragma GCC unroll 4
+  for (int half = n / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
 }
+// In double: the sum of a block is added to those of the other blocks.
+template <typename acc>
+NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
+  double lanes[kLanes<acc>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<acc>; ++i) lanes[i] = static_cast<double>(v[i]);
+  return sum_of<kLanes<acc>>(lanes);
+}
 
-// exp(x) for x ≤ 88 (float) or 709 (double); zero below -87.3 (AVX-512: denormal, then zero), for -inf too; NaN stays
-// NaN.
+// exp(x) for x ≤ 88 (float) or 709 (double); from -87.3 on down denormal, then (float: below -87.7, AVX-512 -103.9;
+// double: at once) zero, for -inf too; NaN stays NaN.
 //
 // The float version is 2^n 2^f with n the integer nearest to x log2 e and f in [-½, ½] the rest, and a polynomial of
 // degree 5 for 2^f, fitted here: it minimises the largest relative error under p(0) = 1, so that exp(0) is 1 exactly
 // and the loss of a row that one class dominates is exact too. Its own error is at most 9.1e-8; rounding log2 e to
 // float adds 1.4e-8 |x|. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder is
 // below 2^-57.
-NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
+//
+// K vectors in lockstep: the steps of one wait for each other, and fill the schedulers of a processor before it sees
+// the next one's.
+template <int K>
+NLLX_INLINE void exp_vecs(Vec<float>* x) {
   const float log2_e = 1.44269504f;
+  Vec<float> n[K], f[K], p[K];
+#define NLLX_EACH _Pragma("GCC unroll 8") for (int u = 0; u < K; ++u)
 #if NLLX_VECTOR_BYTES == 64
-  // vmaxps gives its second operand where that is NaN; the limit keeps -inf - -inf out of f. vscalef multiplies by 2^n
-  // whatever n is.
-  const Vec<float> v = bit_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(-104.f), bit_cast<__m512>(x)));
-  const Vec<float> n = bit_cast<Vec<float>>(
-      _mm512_roundscale_ps(bit_cast<__m512>(v * log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  // The limit keeps -inf - -inf out of f. vscalef multiplies by 2^n whatever n is.
+  NLLX_EACH x[u] = at_least(x[u], -104.f);
+  NLLX_EACH n[u] = bit_cast<Vec<float>>(
+      _mm512_roundscale_ps(bit_cast<__m512>(x[u] * log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  const float lowest = -87.33654f;
-  const Mask<float> flushed = x < lowest;
-  const Vec<float> v = select(flushed, broadcast(lowest), x);
-  const Vec<float> shifted = v * log2_e + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which is in the low bits
-  const Vec<float> n = shifted - 12582912.f;
+  // At the limit n is -127, whose power of two is made as zero.
+  NLLX_EACH x[u] = at_least(x[u], -88.02969f);
+  const float round = 12583039.f;  // 1.5 * 2^23 + 127: rounds to an integer, and leaves the bits of 2^n in the low ones
+  Vec<float> power[K];
+  NLLX_EACH power[u] = x[u] * log2_e + round;
+  NLLX_EACH n[u] = power[u] - round;
+  NLLX_EACH power[u] = bit_cast<Vec<float>>(bit_cast<vec_u32>(power[u]) << 23);
 #endif
   // The product must not be rounded before n is taken from it.
 #if NLLX_VECTOR_BYTES == 64
-  const Vec<float> f =
-      bit_cast<Vec<float>>(_mm512_fmsub_ps(bit_cast<__m512>(v), _mm512_set1_ps(log2_e), bit_cast<__m512>(n)));
+  NLLX_EACH f[u] =
+      bit_cast<Vec<float>>(_mm512_fmsub_ps(bit_cast<__m512>(x[u]), _mm512_set1_ps(log2_e), bit_cast<__m512>(n[u])));
 #elif NLLX_VECTOR_BYTES == 32
-  const Vec<float> f =
-      bit_cast<Vec<float>>(_mm256_fmsub_ps(bit_cast<__m256>(v), _mm256_set1_ps(log2_e), bit_cast<__m256>(n)));
+  NLLX_EACH f[u] =
+      bit_cast<Vec<float>>(_mm256_fmsub_ps(bit_cast<__m256>(x[u]), _mm256_set1_ps(log2_e), bit_cast<__m256>(n[u])));
 #else
   // No fused multiply-add: ln 2 in two parts, n times the first of which is exact.
-  const Vec<float> f = (v - n * 0.693359375f) * log2_e + n * 3.0613187e-4f;
+  NLLX_EACH f[u] = (x[u] - n[u] * 0.693359375f) * log2_e + n[u] * 3.0613187e-4f;
 #endif
-  Vec<float> p = f * 1.326472731e-3f + 9.671512991e-3f;
-  p = p * f + 5.550733581e-2f;
-  p = p * f + 2.402224243e-1f;
-  p = p * f + 6.931470037e-1f;
-  p = p * f + 1.f;
+  NLLX_EACH p[u] = f[u] * 1.326472731e-3f + 9.671512991e-3f;
+  NLLX_EACH p[u] = p[u] * f[u] + 5.550733581e-2f;
+  NLLX_EACH p[u] = p[u] * f[u] + 2.402224243e-1f;
+  NLLX_EACH p[u] = p[u] * f[u] + 6.931470037e-1f;
+  NLLX_EACH p[u] = p[u] * f[u] + 1.f;
 #if NLLX_VECTOR_BYTES == 64
-  return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+  NLLX_EACH x[u] = bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p[u]), bit_cast<__m512>(n[u])));
 #else
-  const Vec<float> power = bit_cast<Vec<float>>((bit_cast<vec_u32>(shifted) << 23) + 0x3f800000u);
-  return select(flushed, Vec<float>{}, p * power);
+  NLLX_EACH x[u] = p[u] * power[u];
 #endif
+#undef NLLX_EACH
+}
+NLLX_INLINE Vec<float> exp_vec(Vec<float> x) {
+  exp_vecs<1>(&x);
+  return x;
 }
 NLLX_INLINE Vec<double> exp_vec(Vec<double> x) {
   typedef uint64_t vec_u64 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
@@ -476,6 +604,12 @@ NLLX_INLINE Vec<double> exp_vec(Vec<double> x) {
   p = p * (r * r) + r + 1.;
   const Vec<double> power = bit_cast<Vec<double>>((bit_cast<vec_u64>(shifted) << 52) + 0x3ff0000000000000ull);
   return select(flushed, Vec<double>{}, p * power);
+}
+
+template <int K>
+NLLX_INLINE void exp_vecs(Vec<double>* x) {
+#pragma GCC unroll 8
+  for (int u = 0; u < K; ++u) x[u] = exp_vec(x[u]);
 }
 
 // log(x) for x ≥ 1, the sums of exponentials; zero gives -inf, NaN and inf themselves. x = 2^n m with m in [√½, √2),
