@@ -74,7 +74,7 @@ def measure_apart(provider: Provider, cases: Sequence[Case], dtype: torch.dtype)
         return {}
     words = [provider.name, str(dtype).removeprefix("torch."), str(torch.get_num_threads()), *names]
     run = subprocess.run(
-        [sys.executable, "-m", __spec__.name, *words],
+        [sys.executable, "-m", __name__, *words],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "NLLX_CPU_KEEP_MEMORY": "0"},

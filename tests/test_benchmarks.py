@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, providers, report
+from benchmarks import measure, peak_memory, providers, report
 from benchmarks.byte_model import Speeds, Traffic, passes
 from benchmarks.memory import MemoryProbes
 from benchmarks.providers import Calls, Provider
@@ -234,6 +234,20 @@ def test_measure() -> None:
     assert both["share"] == pytest.approx((168 / 1e9 + 240 / 2e9 + 48 / 1e9) / 1e-3)
     assert forward["ratio"] == {"other": {"median": 1, "q1": 1, "q3": 1, "n": 3}}
     assert forward["seconds"]["n"] == 3
+
+
+@pytest.mark.skipif(not peak_memory.is_supported(), reason="the system does not tell a process's peak")
+def test_peak_memory() -> None:
+    """A forward and backward of nllx needs its gradient and nothing else of its size, torch its log-softmax too."""
+    case = next(case for case in CASES if case.name == "imagenet-4096x1000")
+    logits = case.elements * 4
+    peaks = {
+        provider.name: peak_memory.measure_apart(provider, [case], torch.float32)[case.name]
+        for provider in providers.PROVIDERS
+        if provider.name in ("nllx", "torch")
+    }
+    assert 1.0 <= peaks["nllx"] / logits < 1.2
+    assert peaks["torch"] / logits > 1.8
 
 
 def test_record_table_and_plot(tmp_path: Path) -> None:

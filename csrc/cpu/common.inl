@@ -158,8 +158,8 @@ NLLX_INLINE int read_index_vectors(const int64_t* from, int width, int64_t ignor
 
 // The numbers of the targets in the window from `first` on.
 template <typename acc>
-NLLX_INLINE void read_window(const Targets& t, int64_t classes, int64_t row, int width, int64_t first,
-                             TileTargets<acc>& s, ChunkResult& result) {
+NLLX_APART void read_window(const Targets& t, int64_t classes, int64_t row, int width, int64_t first,
+                            TileTargets<acc>& s, ChunkResult& result) {
   s.counted = 0;
   bool bad = false;
   switch (t.index_type) {
@@ -191,8 +191,8 @@ NLLX_INLINE void read_window(const Targets& t, int64_t classes, int64_t row, int
 }
 
 template <typename acc>
-NLLX_INLINE void read_targets(const Targets& t, int64_t classes, int64_t row, int width, TileTargets<acc>& s,
-                              ChunkResult& result) {
+NLLX_APART void read_targets(const Targets& t, int64_t classes, int64_t row, int width, TileTargets<acc>& s,
+                             ChunkResult& result) {
   read_window(t, classes, row, width, 0, s, result);
   const acc* weight = static_cast<const acc*>(t.weight);
   const bool look_up = weight && s.counted > 0;
@@ -233,7 +233,7 @@ NLLX_INLINE void store_row_loss(void* row_loss, bool is_acc, int64_t row, acc lo
 
 // In double, in eight sums or more: one would wait for each addition.
 template <typename acc>
-NLLX_INLINE double sum_in_double(const acc* values, int n) {
+NLLX_APART double sum_in_double(const acc* values, int n) {
   constexpr int D = kLanes<double>, kSums = D < 8 ? 8 : D;
   Vec<double> sums[kSums / D] = {};
   int i = 0;

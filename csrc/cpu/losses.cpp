@@ -24,8 +24,7 @@ void set_scalar(Tensor& t, double value) {
   }
 }
 
-// With fewer classes the target's place, written after the row, would bring much of it back from memory.
-constexpr int64_t kStreamedRow = 256;
+constexpr int64_t kGatheredRow = 128;
 
 void raise_if_bad(const ChunkResult& result, const LossArguments& a, const LossProblem& loss) {
   if (result.bad_target < 0) return;
@@ -246,8 +245,10 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const T
     p.targets = loss.targets;
     if (static_cast<Reduction>(reduction) == Reduction::kNone) p.row_loss = result.mutable_data_ptr();
     p.row_loss_is_acc = loss.loss_is_acc();
-    Extent gathered = p.extent;  // one number per row is read, whatever the layout
-    gathered.classes = 1;
+    // One number per row is read, whatever the layout; where rows are long, each comes from a page of its own, and
+    // takes as long as some kGatheredRow logits that are read one after the other.
+    Extent gathered = p.extent;
+    if (gathered.classes > kGatheredRow) gathered.classes = kGatheredRow;
     const Chunks chunks(gathered, Layout::kRows);
     const auto kernel = cpu_capability().kernels->nll_loss_forward[static_cast<int>(loss.float_type())];
     total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
@@ -276,7 +277,7 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
   Chunks chunks(p.extent, p.layout);
-  chunks.stream = is_streamed(computed) && (p.layout == Layout::kPlanes || p.extent.classes >= kStreamedRow);
+  chunks.stream = is_streamed(computed);
   const auto kernel = cpu_capability().kernels->nll_loss_backward[static_cast<int>(loss.float_type())];
   raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
                loss);

@@ -109,7 +109,7 @@ NLLX_INLINE bool has_few_classes(int64_t classes) { return classes <= kFew; }
 // `width` rows that are `row_stride` apart, as the columns of a tile whose classes are kGroup apart, up to a whole
 // vector of rows.
 template <typename T, typename acc>
-NLLX_INLINE void rows_to_tile(const T* rows, int64_t row_stride, int classes, int width, acc* tile) {
+NLLX_APART void rows_to_tile(const T* rows, int64_t row_stride, int classes, int width, acc* tile) {
   constexpr int L = kLanes<acc>;
   const T* end = rows + (width - 1) * row_stride + classes;
   const int64_t ahead = kGroup * row_stride < 32 * kLine<T> ? 32 * kLine<T> : kGroup * row_stride;
@@ -143,7 +143,7 @@ NLLX_INLINE void rows_to_tile(const T* rows, int64_t row_stride, int classes, in
 }
 // The rows from i on, up to a vector of them, adjacent in memory; writes up to a vector beyond the last row.
 template <typename T, typename acc>
-NLLX_INLINE void tile_to_adjacent_rows(const acc* tile, int i, int classes, T* out) {
+NLLX_APART void tile_to_adjacent_rows(const acc* tile, int i, int classes, T* out) {
   constexpr int L = kLanes<acc>;
   if (classes == 2) {
     Vec<acc> a = load(tile + i), b = load(tile + kGroup + i);
@@ -164,7 +164,7 @@ NLLX_INLINE void tile_to_adjacent_rows(const acc* tile, int i, int classes, T* o
 }
 // Writes the first `width` columns of a tile to rows, past the caches where `streamed`.
 template <typename T, typename acc>
-NLLX_INLINE void tile_to_rows(bool streamed, const acc* tile, T* rows, int64_t row_stride, int classes, int width) {
+NLLX_APART void tile_to_rows(bool streamed, const acc* tile, T* rows, int64_t row_stride, int classes, int width) {
   constexpr int L = kLanes<acc>;
   alignas(64) T staged[kGroup * kFew + L];
   if (classes == 0) return;

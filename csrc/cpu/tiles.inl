@@ -36,9 +36,9 @@ NLLX_INLINE void load_stats(const RowStats<acc>* stats, int width, acc* max, acc
 
 // Losses and statistics of a tile whose sums are known. target_logits: x_y of each row, read only where it counts.
 template <typename T, Terms kTerms, typename acc>
-NLLX_INLINE void finish_forward_tile(const CrossEntropyForward& p, int64_t row, int width, acc scale,
-                                     const TileTargets<acc>& targets, const acc* target_logits, TileSums<acc>& s,
-                                     ChunkResult& result) {
+NLLX_APART void finish_forward_tile(const CrossEntropyForward& p, int64_t row, int width, acc scale,
+                                    const TileTargets<acc>& targets, const acc* target_logits, TileSums<acc>& s,
+                                    ChunkResult& result) {
   alignas(64) acc loss[kTile];
   RowStats<acc>* stats = static_cast<RowStats<acc>*>(p.row_stats) + row;
   constexpr bool kIndex = kTerms != Terms::kProbabilities;
@@ -78,9 +78,9 @@ struct TileGradient {
 
 // With the mass of probabilities in s.at_target.
 template <Terms kTerms, typename acc, typename P>
-NLLX_INLINE void begin_backward_tile(const CrossEntropyBackward& p, int64_t row, int width,
-                                     const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
-                                     TileGradient<acc>& s) {
+NLLX_APART void begin_backward_tile(const CrossEntropyBackward& p, int64_t row, int width,
+                                    const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
+                                    TileGradient<acc>& s) {
   const RowStats<acc>* stats = static_cast<const RowStats<acc>*>(p.row_stats) + row;
   const acc smoothing = smoothing_mass<kTerms>(p.targets, terms, p.extent.classes);
   load_stats(stats, width, s.max, s.factor);

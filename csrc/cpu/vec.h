@@ -16,6 +16,8 @@
 #endif
 
 #define NLLX_INLINE static inline __attribute__((always_inline))
+// For what is done once for a group of rows: one copy of it, not one in every kernel.
+#define NLLX_APART static __attribute__((noinline))
 #define NLLX_MEMBER_INLINE inline __attribute__((always_inline))
 
 namespace nllx {
@@ -183,8 +185,8 @@ NLLX_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
 NLLX_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
 NLLX_INLINE void store(bfloat16* p, Vec<float> v) {
   const vec_u32 u = bit_cast<vec_u32>(v);
-  const vec_u32 nan = bit_cast<vec_u32>(v != v);
-  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, bits = (nan & 0x7fc0u) | (~nan & rounded);
+  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vec_u32 bits = v != v ? vec_u32{} + 0x7fc0u : rounded;
 #if NLLX_VECTOR_BYTES == 32
   const __m256i w = bit_cast<__m256i>(bits);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
@@ -267,26 +269,30 @@ NLLX_INLINE Vec<double> load_first(const double* p, int n, double fill) {
   const __m256d v = _mm256_maskload_pd(p, first);
   return bit_cast<Vec<double>>(_mm256_blendv_pd(_mm256_set1_pd(fill), v, _mm256_castsi256_pd(first)));
 }
-// Up to seven halves, in two words that may overlap in memory.
+// Up to four halves.
 NLLX_INLINE uint64_t load_word(const void* p, int halves) {
   uint64_t word = 0;
   if (halves == 4) {
     memcpy(&word, p, 8);
-  } else {
-    if (halves & 2) memcpy(&word, p, 4);
-    uint16_t last = 0;
-    if (halves & 1) memcpy(&last, static_cast<const uint16_t*>(p) + halves - 1, 2);
-    if (halves & 1) word |= static_cast<uint64_t>(last) << (16 * (halves - 1));
+    return word;
   }
-  return word;
+  uint32_t pair = 0;
+  uint16_t last = 0;
+  if (halves & 2) memcpy(&pair, p, 4);
+  if (halves & 1) memcpy(&last, static_cast<const uint16_t*>(p) + halves - 1, 2);
+  return pair | (static_cast<uint64_t>(last) << (halves & 2 ? 32 : 0));
 }
+NLLX_INLINE Vec<float> halves_to_floats(__m128i v, const bfloat16*) {
+  return bit_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+NLLX_INLINE Vec<float> halves_to_floats(__m128i v, const float16*) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(v)); }
 template <typename half>
 NLLX_INLINE Vec<float> load_first_halves(const half* p, int n, float fill) {
-  const uint64_t words[2] = {load_word(p, n < 4 ? n : 4), n > 4 ? load_word(p + 4, n - 4) : 0};
-  half lanes[8];
-  memcpy(lanes, words, sizeof words);
-  return bit_cast<Vec<float>>(
-      _mm256_blendv_ps(_mm256_set1_ps(fill), bit_cast<__m256>(load(lanes)), _mm256_castsi256_ps(first_lanes8(n))));
+  const uint64_t low = load_word(p, n < 4 ? n : 4), high = n > 4 ? load_word(p + 4, n - 4) : 0;
+  // Not by way of memory: a load of both words would wait until they are in the cache.
+  const __m128i words = _mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low));
+  return bit_cast<Vec<float>>(_mm256_blendv_ps(_mm256_set1_ps(fill), bit_cast<__m256>(halves_to_floats(words, p)),
+                                               _mm256_castsi256_ps(first_lanes8(n))));
 }
 NLLX_INLINE Vec<float> load_first(const bfloat16* p, int n, float fill) { return load_first_halves(p, n, fill); }
 NLLX_INLINE Vec<float> load_first(const float16* p, int n, float fill) { return load_first_halves(p, n, fill); }
@@ -314,6 +320,27 @@ NLLX_INLINE void store_first(double* p, Vec<double> v, int n) {
   }
   if (n & 1) _mm_store_sd(p, part);
 }
+template <typename half>
+NLLX_INLINE void store_first_halves(half* p, Vec<float> v, int n) {
+  half lanes[8];
+  store(lanes, v);
+  uint64_t words[2];
+  memcpy(words, lanes, sizeof words);
+  uint64_t word = words[0];
+  if (n & 4) {
+    memcpy(p, &word, 8);
+    word = words[1];
+    p += 4;
+  }
+  if (n & 2) {
+    memcpy(p, &word, 4);
+    word >>= 32;
+    p += 2;
+  }
+  if (n & 1) memcpy(p, &word, 2);
+}
+NLLX_INLINE void store_first(bfloat16* p, Vec<float> v, int n) { store_first_halves(p, v, n); }
+NLLX_INLINE void store_first(float16* p, Vec<float> v, int n) { store_first_halves(p, v, n); }
 #endif
 
 // ---- streaming: past the caches, for results that will not be read soon ----
@@ -332,29 +359,27 @@ NLLX_INLINE bool starts_a_line(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
-// Copies a line; both start one.
+// Copies a line; both start one. In pieces as long as a vector is in memory: a longer load would wait until the stores
+// of the vectors are in the cache.
 template <typename T>
 NLLX_INLINE void stream_line(T* to, const T* from) {
 #if NLLX_HAS_STREAMING
-#if NLLX_VECTOR_BYTES == 64
-  typedef __m512i word;
-#elif NLLX_VECTOR_BYTES == 32
-  typedef __m256i word;
-#else
-  typedef __m128i word;
-#endif
+  constexpr int kVector = static_cast<int>(sizeof(T)) * kLanes<typename AccOf<T>::type>;
+  constexpr int kPiece = kVector > 16 ? kVector : 16;
 #pragma GCC unroll 4
-  for (int i = 0; i < 64 / static_cast<int>(sizeof(word)); ++i) {
-    word w;
-    memcpy(&w, reinterpret_cast<const unsigned char*>(from) + i * static_cast<int>(sizeof(word)), sizeof w);
-    word* p = reinterpret_cast<word*>(to) + i;
+  for (int i = 0; i < kLine<T>; i += kPiece / static_cast<int>(sizeof(T))) {
 #if NLLX_VECTOR_BYTES == 64
-    _mm512_stream_si512(p, w);
-#elif NLLX_VECTOR_BYTES == 32
-    _mm256_stream_si256(p, w);
-#else
-    _mm_stream_si128(p, w);
+    if constexpr (kPiece == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_load_si512(from + i));
 #endif
+#if NLLX_VECTOR_BYTES >= 32
+    if constexpr (kPiece == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i)));
+    }
+#endif
+    if constexpr (kPiece == 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+    }
   }
 #else
   memcpy(to, from, 64);
