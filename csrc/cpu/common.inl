@@ -297,11 +297,15 @@ NLLX_INLINE void write_row(bool streamed, T* out, int64_t begin, int64_t end, co
   constexpr int L = kLanes<acc>, kVectors = kLine<T> / L > kTogether ? kLine<T> / L : kTogether;
   int64_t c = begin;
   if (streamed) {
-    for (; c < end && !starts_a_line(out + c); ++c) {
+    int64_t line = begin;
+    while (line < end && !starts_a_line(out + line)) ++line;
+    for (; c < line; c += L) {
+      const int n = line - c < L ? static_cast<int>(line - c) : L;
       Vec<acc> v;
-      value(Count<1>{}, c, 1, &v);
-      store_first(out + c, v, 1);
+      value(Count<1>{}, c, n, &v);
+      store_some(out + c, v, n);
     }
+    c = line;
     if (at >= begin && at < c) out[at] = at_value;
   }
   for (; c + kVectors * L <= end; c += kVectors * L) {

@@ -112,11 +112,12 @@ template <typename T, typename acc>
 NLLX_APART void rows_to_tile(const T* rows, int64_t row_stride, int classes, int width, acc* tile) {
   constexpr int L = kLanes<acc>;
   const T* end = rows + (width - 1) * row_stride + classes;
+  const int64_t lines = row_stride < kLine<T> ? kLine<T> : row_stride;  // of a row, or lines of several
   const int64_t ahead = kGroup * row_stride < 32 * kLine<T> ? 32 * kLine<T> : kGroup * row_stride;
   for (int i = 0; i < width; i += L) {
     const int n = width - i < L ? width - i : L;
     const T* x = rows + i * row_stride;
-    for (int64_t line = 0; line < L * row_stride; line += kLine<T>) prefetch(x + ahead + line);
+    for (int64_t j = 0; j < L * row_stride; j += lines) prefetch(x + ahead + j);
     if (classes == 2 && row_stride == 2 && n == L) {
       Vec<acc> a = load(x), b = load(x + L);
       deinterleave(a, b, typename LanesTo<L>::type{});
@@ -324,7 +325,7 @@ void cross_entropy_backward_short_rows(const CrossEntropyBackward& p, const Chun
   constexpr int kStaged = kLine<T>;
   alignas(64) acc tile[kFew * kGroup];
   alignas(64) T staged[kStaged * kShortRow<acc> + L];
-  alignas(64) acc at_target[L];
+  alignas(64) acc at_target[L] = {};
   TileGradient<acc> s;
   TileTargets<acc> targets;
   memset(&s, 0, sizeof s);
