@@ -99,3 +99,24 @@ def test_gradients_of_probabilities_repeat(device: str) -> None:
     first, second = (answer(problem, nllx.functional).grads for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_size_of_the_batch(probabilities: bool) -> None:
+    """Large gradients are written past the caches, line by line: a row's gradient is the same in a small batch."""
+    rows, classes = 7000, 1001  # 28 MB; rows start anywhere in a line
+    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))
+    if probabilities:
+        target, options = logits.flip(0).softmax(1), {}
+    else:
+        target = torch.arange(rows) % classes
+        options = {"weight": torch.linspace(0.5, 2, classes), "label_smoothing": 0.1}
+
+    def gradient(part: slice) -> torch.Tensor:
+        leaf = logits[part].clone().requires_grad_()
+        loss = nllx.functional.cross_entropy(leaf, target[part], reduction="sum", **options)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    whole = gradient(slice(None))
+    parts = [gradient(slice(start, start + 1000)) for start in range(0, rows, 1000)]
+    assert torch.equal(whole, torch.cat(parts))

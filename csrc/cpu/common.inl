@@ -1,6 +1,8 @@
 // What the CPU kernels share: targets, the coefficients of the classes, sums of rows. Included by kernels.inl.
 
 constexpr int64_t kTile = Chunks::kTile;
+// Room for a tile's rows. Streamed runs start where a line does, so that their last vector may reach beyond the tile.
+constexpr int64_t kTileRoom = kTile + 16;
 
 // Calls the body for the vectors of a tile: lanes i to i + k - 1 exist.
 #define NLLX_FOR_VECTORS(i, k, width)     \
@@ -83,9 +85,9 @@ NLLX_INLINE void note_bad_target(ChunkResult& result, int64_t row) {
 template <typename acc>
 struct TileTargets {
   using integer = typename VecOf<acc>::integer;
-  alignas(64) integer index[kTile];  // -1 for a row that does not count; so are those up to a whole vector
-  alignas(64) acc weight[kTile];     // of the target's class, 0 for a row that does not count
-  int64_t counted;                   // rows that count
+  alignas(64) integer index[kTileRoom];  // -1 for a row that does not count; so are those up to a whole vector
+  alignas(64) acc weight[kTileRoom];     // of the target's class, 0 for a row that does not count
+  int64_t counted;                       // rows that count
 };
 // With more classes than this the numbers of TileTargets are those of a window of so many classes, and kernels of
 // planes read them anew for every window. A multiple of the classes that are taken together.

@@ -138,7 +138,7 @@ template <typename T>
 void log_softmax_backward_planes(const LogSoftmaxBackward& p, const Chunks& chunks, int64_t chunk) {
   using acc = typename AccOf<T>::type;
   constexpr int L = kLanes<acc>;
-  alignas(64) acc total[kTile], block[kTile];
+  alignas(64) acc total[kTileRoom], block[kTile];
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
     const Tile tile = tile_of(p.extent, unit);
     const T* g = static_cast<const T*>(p.grad_output) + tile.outer * p.grad_output_strides.outer + tile.inner;

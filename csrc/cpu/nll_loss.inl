@@ -119,7 +119,7 @@ template <typename T>
 void nll_loss_backward_planes(const NllLossBackward& p, const Chunks& chunks, int64_t chunk, ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   TileTargets<acc> targets;
-  alignas(64) acc value[kTile];
+  alignas(64) acc value[kTileRoom];
   const int64_t classes = p.extent.classes;
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
     const Tile tile = tile_of(p.extent, unit);

@@ -212,9 +212,13 @@ NLLX_INLINE void gradient_of_class(bool streamed, const T* x, const T* next, int
 #pragma GCC unroll 8
     for (int u = 0; u < K; ++u) {
       const int64_t i = first + u * L;
-      g[u] *= load(s.factor + i);
-      if constexpr (kTerms != Terms::kNone) {
-        g[u] -= load(s.k + i) * tile_coefficients<kTerms>(terms, c, static_cast<int>(i), lanes_of<acc>(count, u, k));
+      const Vec<acc> factor = load(s.factor + i);
+      if constexpr (kTerms == Terms::kNone) {
+        g[u] *= factor;
+      } else {
+        const int lanes = lanes_of<acc>(count, u, k);
+        const Vec<acc> a = tile_coefficients<kTerms>(terms, c, static_cast<int>(i), lanes);
+        g[u] = fused_minus(g[u], factor, load(s.k + i) * a);
       }
       if constexpr (kIndex) {
         Mask<acc> index;

@@ -296,13 +296,14 @@ struct RowGradient {
     for (int u = 0; u < K; ++u) {
       [[maybe_unused]] const int64_t c = first + u * L;
       [[maybe_unused]] const int lanes = lanes_of<acc>(count, u, n);
-      g[u] *= factor;
-      if constexpr (kTerms == Terms::kUniform) {
-        g[u] -= uniform;
+      if constexpr (kTerms == Terms::kNone) {
+        g[u] *= factor;
+      } else if constexpr (kTerms == Terms::kUniform) {
+        g[u] = fused_minus(g[u], factor, uniform);
       } else if constexpr (kTerms == Terms::kWeighted) {
-        g[u] -= uniform * load_some(terms.weight + c, lanes, acc(0));
-      } else if constexpr (kTerms == Terms::kProbabilities) {
-        g[u] -= k * row_coefficients<kTerms>(terms, c, lanes);
+        g[u] = fused_minus(g[u], factor, uniform * load_some(terms.weight + c, lanes, acc(0)));
+      } else {
+        g[u] = fused_minus(g[u], factor, k * row_coefficients<kTerms>(terms, c, lanes));
       }
     }
   }

@@ -3,7 +3,7 @@
 
 template <typename acc>
 struct TileSums {
-  alignas(64) acc max[kTile], sum[kTile], dot[kTile], mass[kTile];
+  alignas(64) acc max[kTileRoom], sum[kTileRoom], dot[kTileRoom], mass[kTileRoom];
 };
 
 template <typename acc>
@@ -73,7 +73,7 @@ NLLX_APART void finish_forward_tile(const CrossEntropyForward& p, int64_t row, i
 // What the gradient of each row of a tile is made of: factor exp(x_c - m) - k a_c, less `at_target` at the target.
 template <typename acc>
 struct TileGradient {
-  alignas(64) acc max[kTile], factor[kTile], k[kTile], at_target[kTile];
+  alignas(64) acc max[kTileRoom], factor[kTileRoom], k[kTileRoom], at_target[kTileRoom];
 };
 
 // With the mass of probabilities in s.at_target.

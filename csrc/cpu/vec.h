@@ -417,6 +417,32 @@ NLLX_INLINE Mask<acc> first_lanes(int n) {
   return iota < n;
 }
 
+// a * b - c. Of two products the compiler would fuse the one or the other into the difference, not the same one in
+// every copy of a loop.
+#if NLLX_VECTOR_BYTES == 64
+NLLX_INLINE Vec<float> fused_minus(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return bit_cast<Vec<float>>(_mm512_fmsub_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+}
+NLLX_INLINE Vec<double> fused_minus(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return bit_cast<Vec<double>>(_mm512_fmsub_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
+}
+#elif NLLX_VECTOR_BYTES == 32
+NLLX_INLINE Vec<float> fused_minus(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return bit_cast<Vec<float>>(_mm256_fmsub_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+}
+NLLX_INLINE Vec<double> fused_minus(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return bit_cast<Vec<double>>(_mm256_fmsub_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
+}
+#else
+template <typename V>
+NLLX_INLINE V fused_minus(V a, V b, V c) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(c));  // what c is made of is not seen
+#endif
+  return a * b - c;
+}
+#endif
+
 template <typename V, typename M>
 NLLX_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
