@@ -33,8 +33,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=re.compile, metavar="PATTERN", help="cases in whose name this regular expression is found"
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, within a minute")
-    parser.add_argument("--rounds", type=int, help="measurements of each call (default: 11, quick: 5)")
+    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, about a minute")
+    parser.add_argument("--rounds", type=int, help="measurements of each call (default: 11, quick: 3)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: unless --quick)"
     )
@@ -47,7 +47,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args(arguments)
 
-    options.rounds = options.rounds or (5 if options.quick else 11)
+    options.rounds = options.rounds or (3 if options.quick else 11)
     if options.compile is None:
         options.compile = not options.quick
     if options.peak_memory is None:
