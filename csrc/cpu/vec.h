@@ -537,8 +537,8 @@ NLLX_INLINE Vec<double> load_doubles(const float* p) {
 }
 NLLX_INLINE Vec<double> load_doubles(const double* p) { return load(p); }
 
-// kLanes 64-bit integers as two vectors of their low and high halves (float), or as they are (double).
 typedef int64_t vec_i64 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+// The low 32 bits of the integers in a and b.
 NLLX_INLINE Mask<float> low_halves(vec_i64 a, vec_i64 b) {
   Vec<float> low = bit_cast<Vec<float>>(a), high = bit_cast<Vec<float>>(b);
   deinterleave(low, high, typename LanesTo<kLanes<float>>::type{});
@@ -584,8 +584,7 @@ NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
 // float adds 1.4e-8 |x|. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder is
 // below 2^-57.
 //
-// K vectors in lockstep: the steps of one wait for each other, and fill the schedulers of a processor before it sees
-// the next one's.
+// K vectors, step by step: the steps of one wait for each other.
 template <int K>
 NLLX_INLINE void exp_vecs(Vec<float>* x) {
   const float log2_e = 1.44269504f;
