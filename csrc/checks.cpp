@@ -3,7 +3,10 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <sstream>
+#include <utility>
+#include <vector>
 
 namespace nllx {
 
@@ -87,6 +90,51 @@ void check_devices(const LossArguments& a) {
   if (a.weight.has_value() && a.weight->defined()) check("weight", *a.weight);
 }
 
+// Whether `distance` elements lie between some pair of elements of an array whose dimensions, from the largest stride
+// to the smallest, each reach further than all that follow together.
+bool is_distance_within(const std::vector<std::pair<int64_t, int64_t>>& strides_and_sizes, size_t d, int64_t distance) {
+  if (d == strides_and_sizes.size()) return distance == 0;
+  const auto [stride, size] = strides_and_sizes[d];
+  const int64_t steps = distance / stride;
+  for (int64_t k = steps - 1; k <= steps + 1; ++k) {
+    if (k > -size && k < size && is_distance_within(strides_and_sizes, d + 1, distance - k * stride)) return true;
+  }
+  return false;
+}
+
+// Whether two tensors share an element: exactly for views that step through memory alike, such as halves of one
+// buffer; else whether the ranges of memory between their first and last elements meet. ATen's assert_no_overlap takes
+// any two tensors of which one has gaps for apart.
+bool may_overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto last = [](const Tensor& t) {
+    int64_t offset = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) offset += (t.size(d) - 1) * t.stride(d);
+    return offset;
+  };
+  const char* a_begin = static_cast<const char*>(a.const_data_ptr());
+  const char* b_begin = static_cast<const char*>(b.const_data_ptr());
+  if (a_begin + (last(a) + 1) * a.element_size() <= b_begin || b_begin + (last(b) + 1) * b.element_size() <= a_begin) {
+    return false;
+  }
+  const int64_t bytes = b_begin - a_begin;
+  if (a.sizes() != b.sizes() || a.strides() != b.strides() || a.element_size() != b.element_size() ||
+      bytes % a.element_size() != 0) {
+    return true;
+  }
+  std::vector<std::pair<int64_t, int64_t>> strides_and_sizes;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1) strides_and_sizes.emplace_back(a.stride(d), a.size(d));
+  }
+  std::sort(strides_and_sizes.rbegin(), strides_and_sizes.rend());
+  int64_t reach = 0;
+  for (auto d = strides_and_sizes.rbegin(); d != strides_and_sizes.rend(); ++d) {
+    if (d->first <= reach) return true;
+    reach += d->first * (d->second - 1);
+  }
+  return is_distance_within(strides_and_sizes, 0, bytes / a.element_size());
+}
+
 }  // namespace
 
 bool targets_are_probabilities(const LossArguments& a) {
@@ -164,9 +212,14 @@ void check_out(const char* op, const Tensor& out, const Tensor& input, const Ten
       ": out must have shape ", input.sizes(), " and dtype ", input.scalar_type(), " on ", input.device(),
       ", as logits has, but got ", out.sizes(), " and ", out.scalar_type(), " on ", out.device());
   at::assert_no_internal_overlap(out);
-  at::assert_no_partial_overlap(out, input);
-  at::assert_no_overlap(out, target);
-  if (weight.has_value() && weight->defined()) at::assert_no_overlap(out, *weight);
+  const bool same = out.const_data_ptr() == input.const_data_ptr() && out.strides() == input.strides();
+  const auto check = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK(!may_overlap(out, t), op, ": out shares memory with ", name,
+                ", which is read while out is written; give out memory of its own, or call ", name, ".clone()");
+  };
+  if (!same) check("logits", input);
+  check("target", target);
+  if (weight.has_value() && weight->defined()) check("weight", *weight);
 }
 
 void check_reduced(const char* op, int64_t reduction) {

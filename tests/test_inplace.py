@@ -254,15 +254,40 @@ def test_value_and_grad_mistakes() -> None:
     with pytest.raises(RuntimeError, match=r"single memory location"):
         cross_entropy_value_and_grad(x, t, out=torch.empty(1, 6).expand(4, 6))
     buffer = torch.zeros(30)
-    with pytest.raises(RuntimeError, match=r"written-to tensor|unsupported operation"):
+    with pytest.raises(RuntimeError, match=r"out shares memory with logits"):
         cross_entropy_value_and_grad(buffer[:24].view(4, 6), t, out=buffer[6:].view(4, 6))
     probabilities = x.softmax(1)
-    with pytest.raises(RuntimeError, match=r"unsupported operation"):
+    with pytest.raises(RuntimeError, match=r"out shares memory with target"):
         cross_entropy_value_and_grad(x, probabilities, out=probabilities)
     with pytest.raises(RuntimeError, match=r"leaf Variable that requires grad"):
         cross_entropy_value_and_grad(x, t, out=torch.empty(4, 6, requires_grad=True))
     with pytest.raises(TypeError, match="'out' must be Tensor"):
         cross_entropy_value_and_grad(x, t, out=[1.0])  # type: ignore[arg-type]
+
+
+def test_value_and_grad_into_parts_of_a_buffer() -> None:
+    """Logits and ``out`` may lie in one buffer with gaps between their rows, as long as they share no element."""
+    buffer = torch.randn(4, 13)
+    logits = buffer[:, :6]
+    _, expected = cross_entropy_value_and_grad(logits.clone(), t)
+    before = logits.clone()
+    for first in (1, 3, 5):
+        with pytest.raises(RuntimeError, match=r"out shares memory with logits.*logits\.clone"):
+            cross_entropy_value_and_grad(logits, t, out=buffer[:, first : first + 6])
+    with pytest.raises(RuntimeError, match=r"out shares memory with logits"):
+        cross_entropy_value_and_grad(buffer[:3, :6], t[:3], out=buffer[1:, :6])
+    with pytest.raises(RuntimeError, match=r"out shares memory with target"):
+        cross_entropy_value_and_grad(x, buffer[:, :6], out=buffer[:, 2:8])
+    with pytest.raises(RuntimeError, match=r"out shares memory with weight"):
+        cross_entropy_value_and_grad(x, t, buffer[2, :6], out=buffer[:, 2:8])
+    _equal(logits, before)
+    for first in (6, 7):
+        out = buffer[:, first : first + 6]
+        _equal(cross_entropy_value_and_grad(logits, t, out=out)[1], expected)
+        _equal(logits, before)
+    columns = torch.randn(6, 8)  # every second one
+    _, expected = cross_entropy_value_and_grad(columns[:, ::2].clone(), torch.arange(6) % 4)
+    _equal(cross_entropy_value_and_grad(columns[:, ::2], torch.arange(6) % 4, out=columns[:, 1::2])[1], expected)
 
 
 def test_nothing_is_written_before_an_error() -> None:

@@ -40,3 +40,38 @@ def test_operator_is_the_function(op: str, device: str) -> None:
             problem = build(case, device)
             output = getattr(torch.ops.nllx, op)(*problem.op_arguments())
             assert torch.equal(output, problem.call(nllx.functional)) or output.isnan().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_over_many_classes_of_planes(weighted: bool, device: str) -> None:
+    """Thousands of terms of one size, added one by one in float32, would lose a digit."""
+    generator = torch.Generator().manual_seed(0)
+    classes = 22805
+    logits = torch.randn(2, classes, 24, generator=generator).to(device)
+    target = (torch.randn(2, classes, 24, generator=generator) / 4).softmax(1).to(device)
+    weight = (torch.rand(classes, generator=generator) + 0.5).to(device) if weighted else None
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    loss = nllx.functional.cross_entropy(logits, target, weight, **options)
+    exact = torch.nn.functional.cross_entropy(
+        logits.double(), target.double(), None if weight is None else weight.double(), **options
+    )
+    assert ((loss.double() - exact) / exact).abs().max() < 4e-7
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (2, 7, 40), (2, 130, 40)])
+@pytest.mark.parametrize("scale", [1.0, 1e31, 1e38])
+def test_masked_classes_without_weight_before_large_logits(shape: tuple[int, ...], scale: float, device: str) -> None:
+    """Classes at -inf whose weight is 0 add nothing, however far the largest logit is from them."""
+    logits = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(device) * scale
+    weight = torch.ones(shape[1], device=device)
+    for masked in (1, 4, 5, shape[1] - 2):
+        hidden = logits.clone()
+        hidden[:, :masked] = -torch.inf
+        weight[:masked] = 0
+        kept = hidden[:, masked:].double()
+        target = torch.full((shape[0], *shape[2:]), shape[1] - 1, device=device)
+        options = {"reduction": "none", "label_smoothing": 0.1}
+        loss = nllx.functional.cross_entropy(hidden, target, weight, **options)
+        log_probs = kept.log_softmax(1)
+        expected = -0.9 * log_probs[:, -1] - 0.1 / shape[1] * log_probs.sum(1)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)

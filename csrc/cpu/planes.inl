@@ -27,11 +27,25 @@ NLLX_INLINE Vec<acc> tile_coefficients(const ClassTerms<acc, P>& t, int64_t c, i
   return a;
 }
 
-// The sum of what earlier blocks of classes gave: what the additions round off is kept, since blocks may be thousands.
+// The sums of what earlier blocks of classes gave: what the additions to `sum` round off is kept, since blocks may be
+// thousands.
 template <typename acc>
 struct BlockTotals {
   alignas(64) acc max[kTile], sum[kTile], rest[kTile];
+  alignas(64) acc dot[kTile], dot_rest[kTile], mass[kTile], mass_rest[kTile];
 };
+// Adds x to a sum whose rounding errors are kept in `rest`.
+template <typename V>
+NLLX_INLINE void add_with_rest(V& sum, V& rest, V x) {
+  const V total = sum + x, added = total - sum;
+  rest += (sum - (total - added)) + (x - added);
+  sum = total;
+}
+// The sum with its rest; infinity and NaN leave NaN in what is rounded off.
+template <typename V>
+NLLX_INLINE V with_rest(V sum, V rest) {
+  return select(rest == rest, sum + rest, sum);
+}
 
 // Adds K classes from c on, whose logits are x, to the sums of a tile, and keeps those of rows whose target they are
 // (looking them up later would read most of the tile from memory once more). `next` is prefetched.
@@ -60,9 +74,9 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     Vec<acc> sum = load(s.sum + i) * e[0];
     Vec<acc> dot{}, mass{};
     if constexpr (kTerms != Terms::kNone) dot = load(s.dot + i);
-    // Before the first class there is no maximum to move from.
+    // Without any mass there is nothing to move, be it from the smallest number by infinity.
     if constexpr (kScalarTerms) {
-      if (c > 0) dot += mass_before * moved;
+      if (mass_before != acc(0)) dot += mass_before * moved;
     } else if constexpr (kTerms == Terms::kProbabilities) {
       mass = load(s.mass + i);
       dot += select(mass == acc(0), Vec<acc>{}, mass * moved);
@@ -97,22 +111,46 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
   if (i < width) add(i, width - i);
 }
 
-// Moves the sums of a block of classes to the totals.
-template <typename acc>
-NLLX_INLINE void end_block(int width, TileSums<acc>& s, BlockTotals<acc>& t, bool first) {
+// Moves the sums of a block of classes to the totals. mass_before: of all blocks before, where it is one number.
+template <Terms kTerms, typename acc>
+NLLX_INLINE void end_block(int width, acc mass_before, TileSums<acc>& s, BlockTotals<acc>& t, bool first) {
   NLLX_FOR_VECTORS(i, k, width) {
-    const Vec<acc> max = load(s.max + i), block = load(s.sum + i);
-    Vec<acc> sum{}, rest{};
+    const Vec<acc> max = load(s.max + i);
+    Vec<acc> sum{}, rest{}, moved{};
     if (!first) {
-      const Vec<acc> factor = exp_vec(load(t.max + i) - max);
+      moved = load(t.max + i) - max;
+      const Vec<acc> factor = exp_vec(moved);
       sum = load(t.sum + i) * factor;
       rest = load(t.rest + i) * factor;
     }
-    const Vec<acc> total = sum + block, added = total - sum;
-    store(t.rest + i, rest + ((sum - (total - added)) + (block - added)));
-    store(t.sum + i, total);
+    add_with_rest(sum, rest, load(s.sum + i));
+    store(t.sum + i, sum);
+    store(t.rest + i, rest);
     store(t.max + i, max);
     store(s.sum + i, Vec<acc>{});
+    if constexpr (kTerms != Terms::kNone) {
+      Vec<acc> dot{}, dot_rest{}, mass = broadcast(mass_before), mass_rest{};
+      if (!first) {
+        dot = load(t.dot + i);
+        dot_rest = load(t.dot_rest + i);
+        if constexpr (kTerms == Terms::kProbabilities) {
+          mass = load(t.mass + i);
+          mass_rest = load(t.mass_rest + i);
+        }
+        add_with_rest(dot, dot_rest, select(mass == acc(0), Vec<acc>{}, mass * moved));
+      }
+      add_with_rest(dot, dot_rest, load(s.dot + i));
+      store(t.dot + i, dot);
+      store(t.dot_rest + i, dot_rest);
+      store(s.dot + i, Vec<acc>{});
+      if constexpr (kTerms == Terms::kProbabilities) {
+        if (first) mass = Vec<acc>{};
+        add_with_rest(mass, mass_rest, load(s.mass + i));
+        store(t.mass + i, mass);
+        store(t.mass_rest + i, mass_rest);
+        store(s.mass + i, Vec<acc>{});
+      }
+    }
   }
 }
 
@@ -129,13 +167,13 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     if constexpr (kTarget) store(target_logits + i, Vec<acc>{});
   }
   BlockTotals<acc> totals;
-  double mass = 0;
+  double mass = 0, earlier_mass = 0;  // of all classes so far, and of those of earlier blocks
   for (int64_t c = 0; c < classes;) {
     const int64_t left = classes - c;
     const int n = left >= kTogether ? kTogether : left >= 2 ? 2 : 1;
     const T* xc = x + c * stride;
     const T* then = left > n ? xc + n * stride : next;
-    const acc mass_before = static_cast<acc>(mass);
+    const acc mass_before = static_cast<acc>(mass - earlier_mass);
     if (kTarget && starts_a_window<acc>(c)) next_window(c);
     const auto add = [&](auto count) __attribute__((always_inline)) {
       add_classes<kTerms, kTarget, decltype(count)::value, T, acc, P>(xc, then, stride, c, width, terms, mass_before, s,
@@ -153,15 +191,21 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     }
     c += n;
     if (classes > kClassBlock && (c % kClassBlock == 0 || c == classes)) {
-      end_block(width, s, totals, c <= kClassBlock);
+      end_block<kTerms>(width, static_cast<acc>(earlier_mass), s, totals, c <= kClassBlock);
+      earlier_mass = mass;
     }
   }
   NLLX_FOR_VECTORS(i, k, width) {
     const Vec<acc> max = load(s.max + i);
     Vec<acc> sum = load(s.sum + i);
     if (classes > kClassBlock) {
-      const Vec<acc> total = load(totals.sum + i), rest = load(totals.rest + i);
-      sum = select(rest == rest, total + rest, total);  // infinity and NaN leave NaN in what is rounded off
+      sum = with_rest(load(totals.sum + i), load(totals.rest + i));
+      if constexpr (kTerms != Terms::kNone) {
+        store(s.dot + i, with_rest(load(totals.dot + i), load(totals.dot_rest + i)));
+      }
+      if constexpr (kTerms == Terms::kProbabilities) {
+        store(s.mass + i, with_rest(load(totals.mass + i), load(totals.mass_rest + i)));
+      }
     }
     store(s.sum + i, sum);
     // A row of nothing but -inf has no maximum above the smallest number.
@@ -247,14 +291,14 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
     const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
     if constexpr (kTerms == Terms::kProbabilities) {
       NLLX_FOR_VECTORS(i, k, tile.width) {
-        Vec<acc> mass{};
+        Vec<acc> mass{}, rest{};
         for (int64_t start = 0; start < classes; start += kClassBlock) {
           const int64_t end = classes - start < kClassBlock ? classes : start + kClassBlock;
           Vec<acc> block{};
           for (int64_t c = start; c < end; ++c) block += tile_coefficients<kTerms>(terms, c, i, k);
-          mass += block;
+          add_with_rest(mass, rest, block);
         }
-        store(s.at_target + i, mass);
+        store(s.at_target + i, with_rest(mass, rest));
       }
     } else {
       read_targets(p.targets, classes, tile.row, tile.width, targets, result);

@@ -66,28 +66,19 @@ NLLX_INLINE void sum_short_rows(const T* x, int64_t row_stride, int classes, int
     }
     const Vec<acc> shift = broadcast(s.max[i + j]);
     Vec<acc> sum{}, dot{}, mass{};
-    const auto add = [&](auto count, int64_t first, int k) __attribute__((always_inline)) {
-      constexpr int K = decltype(count)::value;
-      Vec<acc> d[K], e[K];
-#pragma GCC unroll 4
-      for (int u = 0; u < K; ++u) {
-        prefetch(row + L * row_stride + first + u * L);
-        e[u] = d[u] = load_some(row + first + u * L, lanes_of<acc>(count, u, k), kLowest<acc>) - shift;
+    for (int c = 0; c < classes; c += L) {
+      const int k = c < whole ? L : rest;
+      prefetch(row + L * row_stride + c);
+      const Vec<acc> d = load_some(row + c, k, kLowest<acc>) - shift;
+      sum += exp_vec(d);
+      if constexpr (kTerms == Terms::kUniform) {
+        dot += k == L ? d : select(first_lanes<acc>(k), d, Vec<acc>{});
+      } else if constexpr (kTerms != Terms::kNone) {
+        const Vec<acc> a = row_coefficients<kTerms>(terms, c, k);
+        dot += weighted_vec<acc>(a, d);
+        mass += a;
       }
-      exp_vecs<K>(e);
-#pragma GCC unroll 4
-      for (int u = 0; u < K; ++u) {
-        sum += e[u];
-        if constexpr (kTerms == Terms::kUniform) {
-          dot += lanes_of<acc>(count, u, k) == L ? d[u] : select(first_lanes<acc>(k), d[u], Vec<acc>{});
-        } else if constexpr (kTerms != Terms::kNone) {
-          const Vec<acc> a = row_coefficients<kTerms>(terms, first + u * L, lanes_of<acc>(count, u, k));
-          dot += weighted_vec<acc>(a, d[u]);
-          mass += a;
-        }
-      }
-    };
-    for_vectors<kTogether, acc>(0, classes, add);
+    }
     store(partial + j * L, sum);
     if constexpr (kTerms != Terms::kNone) store(dots + j * L, dot);
     if constexpr (kTerms != Terms::kNone && kTerms != Terms::kUniform) store(masses + j * L, mass);
@@ -190,18 +181,6 @@ NLLX_APART void tile_to_rows(bool streamed, const acc* tile, T* rows, int64_t ro
   memcpy(rows + written * classes + done, staged + done, sizeof(T) * static_cast<size_t>(elements - done));
 }
 
-// Calls f(Count<K>, c) for all classes, kTogether at a time as long as there are as many.
-template <typename F>
-NLLX_INLINE void for_classes(int classes, const F& f) {
-  int c = 0;
-  for (; c + kTogether <= classes; c += kTogether) f(Count<kTogether>{}, c);
-  if (classes - c >= 2) {
-    f(Count<2>{}, c);
-    c += 2;
-  }
-  if (c < classes) f(Count<1>{}, c);
-}
-
 // The sums of the vector of rows from i on, and the logits of their targets.
 template <Terms kTerms, typename acc, typename P>
 NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<acc, P>& terms, TileSums<acc>& s,
@@ -216,22 +195,15 @@ NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<a
   }
   max = select(max == kLowest<acc>, Vec<acc>{}, max);
   acc mass = 0;
-  for_classes(classes, [&](auto count, int c) __attribute__((always_inline)) {
-    constexpr int K = decltype(count)::value;
-    Vec<acc> d[K], e[K];
-#pragma GCC unroll 4
-    for (int u = 0; u < K; ++u) e[u] = d[u] = load(tile + (c + u) * kGroup + i) - max;
-    exp_vecs<K>(e);
-#pragma GCC unroll 4
-    for (int u = 0; u < K; ++u) {
-      sum += e[u];
-      if constexpr (kTerms == Terms::kUniform) dot += terms.uniform * d[u];
-      if constexpr (kTerms == Terms::kWeighted) {
-        dot += weighted_vec<acc>(broadcast(smoothing_term<kTerms>(terms, c + u)), d[u]);
-      }
-      mass += smoothing_term<kTerms>(terms, c + u);
+  for (int c = 0; c < classes; ++c) {
+    const Vec<acc> d = load(tile + c * kGroup + i) - max;
+    sum += exp_vec(d);
+    if constexpr (kTerms == Terms::kUniform) dot += terms.uniform * d;
+    if constexpr (kTerms == Terms::kWeighted) {
+      dot += weighted_vec<acc>(broadcast(smoothing_term<kTerms>(terms, c)), d);
     }
-  });
+    mass += smoothing_term<kTerms>(terms, c);
+  }
   store(s.max + i, max);
   store(s.sum + i, sum);
   store(s.dot + i, dot);
@@ -246,19 +218,14 @@ NLLX_INLINE void gradient_of_few(acc* tile, int classes, int i, const ClassTerms
   const Vec<acc> max = load(s.max + i), factor = load(s.factor + i), at_target = load(s.at_target + i);
   Mask<acc> index;
   memcpy(&index, targets.index + i, sizeof index);
-  for_classes(classes, [&](auto count, int c) __attribute__((always_inline)) {
-    constexpr int K = decltype(count)::value;
-    Vec<acc> g[K];
-#pragma GCC unroll 4
-    for (int u = 0; u < K; ++u) g[u] = load(tile + (c + u) * kGroup + i) - max;
-    exp_vecs<K>(g);
-#pragma GCC unroll 4
-    for (int u = 0; u < K; ++u) {
-      g[u] = factor * g[u] - select(index == static_cast<typename VecOf<acc>::integer>(c + u), at_target, Vec<acc>{});
-      if constexpr (kTerms != Terms::kNone) g[u] -= load(s.k + i) * smoothing_term<kTerms>(terms, c + u);
-      store(tile + (c + u) * kGroup + i, select(index >= 0, g[u], Vec<acc>{}));
-    }
-  });
+  const Mask<acc> counts = index >= 0;
+  for (int c = 0; c < classes; ++c) {
+    acc* x = tile + c * kGroup + i;
+    const Vec<acc> target_term = select(index == static_cast<typename VecOf<acc>::integer>(c), at_target, Vec<acc>{});
+    Vec<acc> g = factor * exp_vec(load(x) - max) - target_term;
+    if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * smoothing_term<kTerms>(terms, c);
+    store(x, select(counts, g, Vec<acc>{}));
+  }
 }
 
 // ---- the kernels ----

@@ -11,9 +11,11 @@ NLLX_INLINE void store_stats(const acc* max, const acc* log_sum, int width, RowS
   constexpr int L = kLanes<acc>;
   int i = 0;
   for (; i + L <= width; i += L) {
-    Vec<acc> pairs[2] = {load(max + i), load(log_sum + i)};
-    interleave(pairs[0], pairs[1], typename LanesTo<L>::type{});
-    memcpy(static_cast<void*>(stats + i), pairs, sizeof pairs);
+    Vec<acc> a = load(max + i), b = load(log_sum + i);
+    interleave(a, b, typename LanesTo<L>::type{});
+    acc* to = reinterpret_cast<acc*>(stats + i);
+    store(to, a);
+    store(to + L, b);
   }
   for (; i < width; ++i) stats[i] = {max[i], log_sum[i]};
 }
@@ -22,11 +24,12 @@ NLLX_INLINE void load_stats(const RowStats<acc>* stats, int width, acc* max, acc
   constexpr int L = kLanes<acc>;
   int i = 0;
   for (; i + L <= width; i += L) {
-    Vec<acc> pairs[2];
-    memcpy(pairs, stats + i, sizeof pairs);
-    deinterleave(pairs[0], pairs[1], typename LanesTo<L>::type{});
-    store(max + i, pairs[0]);
-    store(log_sum + i, pairs[1]);
+    // Vector by vector: a copy of both by memcpy is made of shorter moves, whose stores a load of a vector waits for.
+    const acc* from = reinterpret_cast<const acc*>(stats + i);
+    Vec<acc> a = load(from), b = load(from + L);
+    deinterleave(a, b, typename LanesTo<L>::type{});
+    store(max + i, a);
+    store(log_sum + i, b);
   }
   for (; i < width; ++i) {
     max[i] = stats[i].max;

@@ -525,6 +525,21 @@ NLLX_INLINE void interleave(V& a, V& b, Lanes<kLane...>) {
   a = low;
   b = high;
 }
+#if NLLX_VECTOR_BYTES == 32
+// First within the halves of a register, then between them: the compiler takes four permutations over both.
+template <typename V>
+NLLX_INLINE void deinterleave(V& a, V& b, Lanes<0, 1, 2, 3, 4, 5, 6, 7>) {
+  const V even = pick<0, 2, 8, 10, 4, 6, 12, 14>(a, b), odd = pick<1, 3, 9, 11, 5, 7, 13, 15>(a, b);
+  a = pick<0, 1, 4, 5, 2, 3, 6, 7>(even, even);
+  b = pick<0, 1, 4, 5, 2, 3, 6, 7>(odd, odd);
+}
+template <typename V>
+NLLX_INLINE void interleave(V& a, V& b, Lanes<0, 1, 2, 3, 4, 5, 6, 7>) {
+  const V low = pick<0, 8, 1, 9, 4, 12, 5, 13>(a, b), high = pick<2, 10, 3, 11, 6, 14, 7, 15>(a, b);
+  a = pick<0, 1, 2, 3, 8, 9, 10, 11>(low, high);
+  b = pick<4, 5, 6, 7, 12, 13, 14, 15>(low, high);
+}
+#endif
 
 // ---- what neighbouring rows need ----
 
