@@ -290,6 +290,25 @@ def test_value_and_grad_into_parts_of_a_buffer() -> None:
     _equal(cross_entropy_value_and_grad(columns[:, ::2], torch.arange(6) % 4, out=columns[:, 1::2])[1], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 64, 77])
+def test_short_rows_with_gaps(rows: int, dtype: torch.dtype, device: str) -> None:
+    """Every number of classes up to more than a kernel takes as columns; what lies between the rows stays."""
+    for classes in range(1, 40):
+        logits = torch.randn(rows, classes + 3, device=device).to(dtype)[:, :classes]
+        target = torch.arange(rows, device=device) % classes
+        buffer = torch.full((rows, classes + 3), 7.0, device=device, dtype=dtype)
+        leaf = logits.detach().double().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(leaf, target)
+        (gradient,) = torch.autograd.grad(expected, leaf)
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype.itemsize == 2 else {"rtol": 1e-5, "atol": 1e-7}
+        for out in (None, buffer[:, :classes]):
+            loss, grad = cross_entropy_value_and_grad(logits, target, out=out)
+            assert_close(loss.double(), expected.detach(), **tolerance)
+            assert_close(grad.double(), gradient, **tolerance)
+        assert (buffer[:, classes:] == 7).all()
+
+
 def test_nothing_is_written_before_an_error() -> None:
     out = x.clone()
     with pytest.raises(IndexError, match=r"Target 6 is out of bounds\..*target\[3\]"):

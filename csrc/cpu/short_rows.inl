@@ -4,7 +4,7 @@
 // factors of a group are made by vectors of rows (tiles.inl) either way.
 
 constexpr int kGroup = 64;
-constexpr int kFew = 16;
+constexpr int kFew = 32;
 static_assert(Chunks::kRowGroup % kGroup == 0, "a group does not end in the middle of a chunk");
 // A row of more classes is one of rows.inl.
 template <typename acc>
@@ -97,17 +97,25 @@ NLLX_INLINE void sum_short_rows(const T* x, int64_t row_stride, int classes, int
 
 NLLX_INLINE bool has_few_classes(int64_t classes) { return classes <= kFew; }
 
+// Calls f(c) for the blocks of classes, from c to c + kBlock - 1; the last one begins where it ends with the classes.
+template <typename acc, typename F>
+NLLX_INLINE void for_blocks(int classes, const F& f) {
+  constexpr int B = kBlock<acc>;
+  for (int c = 0; c < classes; c += B) f(c + B <= classes || classes < B ? c : classes - B);
+}
+
 // `width` rows that are `row_stride` apart, as the columns of a tile whose classes are kGroup apart, up to a whole
 // vector of rows.
 template <typename T, typename acc>
 NLLX_APART void rows_to_tile(const T* rows, int64_t row_stride, int classes, int width, acc* tile) {
-  constexpr int L = kLanes<acc>;
+  constexpr int L = kLanes<acc>, B = kBlock<acc>;
   const T* end = rows + (width - 1) * row_stride + classes;
   const int64_t lines = row_stride < kLine<T> ? kLine<T> : row_stride;  // of a row, or lines of several
   const int64_t ahead = kGroup * row_stride < 32 * kLine<T> ? 32 * kLine<T> : kGroup * row_stride;
   for (int i = 0; i < width; i += L) {
     const int n = width - i < L ? width - i : L;
     const T* x = rows + i * row_stride;
+    int64_t stride = row_stride;
     for (int64_t j = 0; j < L * row_stride; j += lines) prefetch(x + ahead + j);
     if (classes == 2 && row_stride == 2 && n == L) {
       Vec<acc> a = load(x), b = load(x + L);
@@ -116,69 +124,56 @@ NLLX_APART void rows_to_tile(const T* rows, int64_t row_stride, int classes, int
       store(tile + kGroup + i, b);
       continue;
     }
-    for (int c = 0; c < classes; c += L) {
-      const int k = classes - c < L ? classes - c : L;
-      Vec<acc> v[L];
-      // A whole vector is read where it ends before the last row does: lanes beyond a row are those of the next.
-      if (n == L && x + (L - 1) * row_stride + c + L <= end) {
-#pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) v[j] = load(x + j * row_stride + c);
-      } else {
-#pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) v[j] = load_first(x + (j < n ? j : 0) * row_stride + c, k, acc(0));
-      }
-      transpose<acc>(v);
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) store(tile + (c + j) * kGroup + i, v[j]);
+    T copy[L * kFew];
+    if (n < L || (classes < B && x + (L - 1) * row_stride + B > end)) {  // blocks would reach beyond the rows
+      memset(copy, 0, sizeof copy);
+      for (int j = 0; j < n; ++j) memcpy(copy + j * kFew, x + j * row_stride, sizeof(T) * static_cast<size_t>(classes));
+      x = copy;
+      stride = kFew;
     }
-  }
-}
-// The rows from i on, up to a vector of them, adjacent in memory; writes up to a vector beyond the last row.
-template <typename T, typename acc>
-NLLX_APART void tile_to_adjacent_rows(const acc* tile, int i, int classes, T* out) {
-  constexpr int L = kLanes<acc>;
-  if (classes == 2) {
-    Vec<acc> a = load(tile + i), b = load(tile + kGroup + i);
-    interleave(a, b, typename LanesTo<L>::type{});
-    store(out, a);
-    store(out + L, b);
-    return;
-  }
-  // From the last classes to the first: what a vector writes beyond its row is overwritten by the next row's.
-  for (int c = (classes - 1) / L * L; c >= 0; c -= L) {
-    Vec<acc> v[L];
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) v[j] = load(tile + (c + j) * kGroup + i);
-    transpose<acc>(v);
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) store(out + j * classes + c, v[j]);
+    for_blocks<acc>(classes, [&](int c) __attribute__((always_inline)) {
+      Vec<acc> v[B];
+#pragma GCC unroll 4
+      for (int j = 0; j < B; ++j) v[j] = load_blocks(x + j * stride + c, B * stride);
+      transpose_blocks<acc>(v);
+#pragma GCC unroll 4
+      for (int j = 0; j < B; ++j) store(tile + (c + j) * kGroup + i, v[j]);
+    });
   }
 }
 // Writes the first `width` columns of a tile to rows, past the caches where `streamed`.
 template <typename T, typename acc>
 NLLX_APART void tile_to_rows(bool streamed, const acc* tile, T* rows, int64_t row_stride, int classes, int width) {
-  constexpr int L = kLanes<acc>;
-  alignas(64) T staged[kGroup * kFew + L];
-  if (classes == 0) return;
-  const bool adjacent = row_stride == classes;
-  streamed = streamed && adjacent && starts_a_line(rows);
-  int written = 0;  // rows
-  // What is written beyond the rows of a vector is overwritten with the next vector's.
-  const int beyond = (L - classes % L) % L;  // elements
-  for (; adjacent && !streamed && (written + L) * classes + beyond <= width * classes; written += L) {
-    tile_to_adjacent_rows(tile, written, classes, rows + written * classes);
-  }
-  for (int i = written; i < width; i += L) tile_to_adjacent_rows(tile, i, classes, staged + (i - written) * classes);
-  if (!adjacent) {
-    for (int i = 0; i < width; ++i) {
-      memcpy(rows + i * row_stride, staged + i * classes, sizeof(T) * static_cast<size_t>(classes));
+  constexpr int L = kLanes<acc>, B = kBlock<acc>;
+  alignas(64) T staged[kGroup * kFew];
+  streamed = streamed && row_stride == classes && width == kGroup && starts_a_line(rows);
+  T* to = streamed ? staged : rows;
+  const bool pairs = classes == 2 && row_stride == 2;
+  int i = 0;
+  for (; i + L <= width && (classes >= B || pairs); i += L) {
+    T* out = to + i * row_stride;
+    if (pairs) {
+      Vec<acc> a = load(tile + i), b = load(tile + kGroup + i);
+      interleave(a, b, typename LanesTo<L>::type{});
+      store(out, a);
+      store(out + L, b);
+      continue;
     }
-    return;
+    for_blocks<acc>(classes, [&](int c) __attribute__((always_inline)) {
+      Vec<acc> v[B];
+#pragma GCC unroll 4
+      for (int j = 0; j < B; ++j) v[j] = load(tile + (c + j) * kGroup + i);
+      transpose_blocks<acc>(v);
+#pragma GCC unroll 4
+      for (int j = 0; j < B; ++j) store_blocks(out + j * row_stride + c, B * row_stride, v[j]);
+    });
   }
-  const int elements = (width - written) * classes;
-  int done = 0;
-  for (; streamed && done + kLine<T> <= elements; done += kLine<T>) stream_line(rows + done, staged + done);
-  memcpy(rows + written * classes + done, staged + done, sizeof(T) * static_cast<size_t>(elements - done));
+  for (; i < width; ++i) {
+    for (int c = 0; c < classes; ++c) to[i * row_stride + c] = from_acc<T>(tile[c * kGroup + i]);
+  }
+  for (int line = 0; streamed && line < kGroup * classes / kLine<T>; ++line) {
+    stream_line(rows + line * kLine<T>, staged + line * kLine<T>);
+  }
 }
 
 // The sums of the vector of rows from i on, and the logits of their targets.

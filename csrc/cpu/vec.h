@@ -473,7 +473,7 @@ NLLX_INLINE Vec<float> at_least(Vec<float> x, float limit) {
 #endif
 }
 
-// ---- a square of lanes, transposed ----
+// ---- lanes in another order ----
 
 // Lanes of a and b by number, b's from kLanes on.
 template <int... kLane, typename V>
@@ -494,22 +494,6 @@ NLLX_INLINE void exchange(V& a, V& b, Lanes<kLane...>) {
   a = low;
   b = high;
 }
-template <int kStep, typename acc>
-NLLX_INLINE void transpose_steps(Vec<acc>* v) {
-  if constexpr (kStep > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<acc>; ++i) {
-      if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], typename LanesTo<kLanes<acc>>::type{});
-    }
-    transpose_steps<kStep / 2, acc>(v);
-  }
-}
-// v[i][j] becomes v[j][i].
-template <typename acc>
-NLLX_INLINE void transpose(Vec<acc>* v) {
-  transpose_steps<kLanes<acc> / 2, acc>(v);
-}
-
 // Even lanes of a and b to a, odd ones to b; and back.
 template <typename V, int... kLane>
 NLLX_INLINE void deinterleave(V& a, V& b, Lanes<kLane...>) {
@@ -540,6 +524,93 @@ NLLX_INLINE void interleave(V& a, V& b, Lanes<0, 1, 2, 3, 4, 5, 6, 7>) {
   b = pick<4, 5, 6, 7, 12, 13, 14, 15>(low, high);
 }
 #endif
+
+// ---- blocks of 16 bytes of lanes, so that rows become columns without crossing them ----
+
+template <typename acc>
+constexpr int kBlock = 16 / static_cast<int>(sizeof(acc));
+
+// Block b: the kBlock elements from p + b * stride on.
+template <typename T>
+NLLX_INLINE Vec<typename AccOf<T>::type> load_blocks(const T* p, int64_t stride) {
+  using acc = typename AccOf<T>::type;
+  constexpr int B = kBlock<acc>;
+#if NLLX_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 2) {
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return halves_to_floats(
+        _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), reinterpret_cast<const double*>(p + stride))), p);
+  } else {
+    const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(p));
+    return bit_cast<Vec<acc>>(
+        _mm256_insertf128_ps(_mm256_castps128_ps256(low), _mm_loadu_ps(reinterpret_cast<const float*>(p + stride)), 1));
+  }
+#elif NLLX_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 2) {
+    T lanes[kLanes<acc>];
+    for (int b = 0; b < kLanes<acc> / B; ++b) memcpy(lanes + b * B, p + b * stride, B * sizeof(T));
+    return load(lanes);
+  } else {
+    const auto block = [&](int b) __attribute__((always_inline)) {
+      return _mm_loadu_ps(reinterpret_cast<const float*>(p + b * stride));
+    };
+    __m512 v = _mm512_castps128_ps512(block(0));
+    v = _mm512_insertf32x4(v, block(1), 1);
+    v = _mm512_insertf32x4(v, block(2), 2);
+    return bit_cast<Vec<acc>>(_mm512_insertf32x4(v, block(3), 3));
+  }
+#else
+  static_assert(kLanes<acc> == B, "a vector is one block");
+  return load(p);
+#endif
+}
+template <typename T>
+NLLX_INLINE void store_blocks(T* p, int64_t stride, Vec<typename AccOf<T>::type> v) {
+  using acc = typename AccOf<T>::type;
+  constexpr int B = kBlock<acc>;
+#if NLLX_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) > 2) {
+    const __m256 w = bit_cast<__m256>(v);
+    _mm_storeu_ps(reinterpret_cast<float*>(p), _mm256_castps256_ps128(w));
+    _mm_storeu_ps(reinterpret_cast<float*>(p + stride), _mm256_extractf128_ps(w, 1));
+    return;
+  }
+#elif NLLX_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) > 2) {
+    const __m512 w = bit_cast<__m512>(v);
+    _mm_storeu_ps(reinterpret_cast<float*>(p), _mm512_castps512_ps128(w));
+    _mm_storeu_ps(reinterpret_cast<float*>(p + stride), _mm512_extractf32x4_ps(w, 1));
+    _mm_storeu_ps(reinterpret_cast<float*>(p + 2 * stride), _mm512_extractf32x4_ps(w, 2));
+    _mm_storeu_ps(reinterpret_cast<float*>(p + 3 * stride), _mm512_extractf32x4_ps(w, 3));
+    return;
+  }
+#endif
+  T lanes[kLanes<acc>];
+  store(lanes, v);
+  for (int b = 0; b < kLanes<acc> / B; ++b) memcpy(p + b * stride, lanes + b * B, B * sizeof(T));
+}
+
+// The lanes of the lower halves of the blocks of a and b in turns to a, those of the upper halves to b.
+template <int B, typename V, int... kLane>
+NLLX_INLINE void zip_blocks(V& a, V& b, Lanes<kLane...>) {
+  constexpr int L = static_cast<int>(sizeof...(kLane));
+  const V low = pick<(kLane / B * B + kLane % B / 2 + kLane % 2 * L)...>(a, b);
+  const V high = pick<(kLane / B * B + kLane % B / 2 + kLane % 2 * L + B / 2)...>(a, b);
+  a = low;
+  b = high;
+}
+// v[i], lane j of a block, becomes v[j], lane i of the same block, for kBlock vectors.
+template <typename acc>
+NLLX_INLINE void transpose_blocks(Vec<acc>* v) {
+  constexpr int B = kBlock<acc>;
+  using All = typename LanesTo<kLanes<acc>>::type;
+  if constexpr (B == 4) {
+    zip_blocks<B>(v[0], v[2], All{});
+    zip_blocks<B>(v[1], v[3], All{});
+    zip_blocks<B>(v[2], v[3], All{});
+  }
+  zip_blocks<B>(v[0], v[1], All{});
+}
 
 // ---- what neighbouring rows need ----
 
