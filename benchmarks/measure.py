@@ -20,8 +20,9 @@ from .timing import Timer, paired_ratio, summary, time_in_rounds
 MODES = ("forward", "forward+backward")
 
 # Largest error that counts as right, see ``error``. Rounding an output once to the dtype costs 2^-24, 2^-11 and 2^-8;
-# the rest is for providers that round the log-probabilities of magnitude 10 before they exponentiate them.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-10}
+# the rest is for providers that round the log-probabilities of magnitude 10 before they exponentiate them, and then
+# subtract terms of smoothing that are nearly as large: what they return is listed as an error of some 2e-4.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-10}
 
 
 def error(value: Tensor, exact: Tensor) -> float:

@@ -259,7 +259,7 @@ def test_record_table_and_plot(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("six")]
     assert len(lines) == len(record["rows"]) == 8
     assert "1.00 ms" in lines[0]
-    assert "wrong not timed on six float32, wrong: error above 0.0001" in text
+    assert "wrong not timed on six float32, wrong: error above 0.001" in text
     markdown = [line for line in report.table(record, markdown=True).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in markdown}) == 1
 
