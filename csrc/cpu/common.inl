@@ -143,6 +143,7 @@ NLLX_INLINE int read_index_vectors(const int64_t* from, int width, int64_t ignor
   for (; i + L <= width; i += L) {
     vec_i64 y[2], counts[2];
     prefetch(from + i + 512);  // other arrays are read between one call and the next
+#pragma GCC unroll 4
     for (int h = 0; h < 2; ++h) {
       memcpy(&y[h], from + i + h * H, sizeof y[h]);
       const vec_i64 present = y[h] != ignore_index, valid = (y[h] >= 0) & (y[h] < classes);

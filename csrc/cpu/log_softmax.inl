@@ -3,12 +3,13 @@
 template <typename T>
 void log_softmax_forward_rows(const LogSoftmaxForward& p, const Chunks& chunks, int64_t chunk) {
   using acc = typename AccOf<T>::type;
-  const int64_t ahead = row_step(p.extent, p.input_strides);
+  const int64_t next_row = row_step(p.extent, p.input_strides);
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
     const Row r = row_of(p.extent, row);
     const T* x = static_cast<const T*>(p.input) + r.offset(p.input_strides);
     T* y = static_cast<T*>(p.output) + r.offset(p.output_strides);
-    const RowStats<acc> s = row_sums<Terms::kNone, T, acc, T>(x, p.extent.classes, ahead, ClassTerms<acc, T>{}).stats();
+    const RowStats<acc> s =
+        row_sums<Terms::kNone, T, acc, T>(x, p.extent.classes, next_row, ClassTerms<acc, T>{}).stats();
     const Vec<acc> m = broadcast(s.max), log_sum = broadcast(s.log_sum);
     const auto value = [&](auto count, int64_t c, int n, Vec<acc>* v) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -110,13 +111,14 @@ void log_softmax_backward_rows(const LogSoftmaxBackward& p, const Chunks& chunks
     double sum = 0;
     for (int64_t start = 0; start < classes; start += kTermsPerLane * L) {
       const int64_t end = classes - start < kTermsPerLane * L ? classes : start + kTermsPerLane * L;
-      Vec<acc> block[2] = {};
+      Vec<acc> block[4] = {};
       int64_t c = start;
-      for (; c + 2 * L <= end; c += 2 * L) {
-        for (int u = 0; u < 2; ++u) block[u] += load(g + c + u * L);
+      for (; c + 4 * L <= end; c += 4 * L) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) block[u] += load(g + c + u * L);
       }
       for (; c < end; c += L) block[0] += load_some(g + c, end - c < L ? static_cast<int>(end - c) : L, acc(0));
-      sum += sum_of_lanes<acc>(block[0] + block[1]);
+      sum += sum_of_lanes<acc>((block[0] + block[1]) + (block[2] + block[3]));
     }
     const Vec<acc> total = broadcast(static_cast<acc>(sum));
     const auto value = [&](auto count, int64_t c, int n, Vec<acc>* v) __attribute__((always_inline)) {

@@ -1,10 +1,10 @@
 // Cross entropy where the classes of a row are adjacent in memory: vectors run over the classes.
 //
-// Forward: a row is read once. Its first block is looked through twice while it is in the first-level cache, for its
-// maximum and for the sum of exponentials; every further block once, with the maximum so far as the reference and its
-// own maximum found on the way, so that arithmetic and the loads from memory overlap. Only where that is more than 1
-// above the reference, which would cost digits, the block is summed again with its own. Backward: read once, written
-// once.
+// Forward: a row is read from memory once. Its first block (the whole row if it fits one) is looked through twice while
+// it is in the first-level cache, for its maximum and for the sum of exponentials; every further block once, with the
+// maximum so far as the reference and its own maximum found on the way. Only where that is more than 1 above the
+// reference, which would cost digits, the block is summed again with its own. What comes next is prefetched meanwhile,
+// so that arithmetic and the loads from memory overlap. Backward: read once, written once.
 
 template <typename acc>
 struct RowSums {
@@ -50,9 +50,11 @@ template <typename T, typename acc>
 NLLX_INLINE acc block_max(const T* x, int64_t n) {
   constexpr int L = kLanes<acc>;
   Vec<acc> m[4];
+#pragma GCC unroll 4
   for (int u = 0; u < 4; ++u) m[u] = broadcast(kLowest<acc>);
   int64_t c = 0;
   for (; c + 4 * L <= n; c += 4 * L) {
+#pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) m[u] = max_not_nan(m[u], load(x + c + u * L));
   }
   for (; c + L <= n; c += L) m[0] = max_not_nan(m[0], load(x + c));
@@ -60,8 +62,8 @@ NLLX_INLINE acc block_max(const T* x, int64_t n) {
   return largest_lane<acc>(max_not_nan(max_not_nan(m[0], m[1]), max_not_nan(m[2], m[3])));
 }
 
-// The sums of n classes from `start` on with the reference `shift`; their maximum too with kMax. Prefetches what lies
-// `ahead` elements further.
+// The sums of n classes from `start` on with the reference; their maximum too with kMax. Prefetches what lies `ahead`
+// elements further.
 template <Terms kTerms, bool kMax, typename T, typename acc, typename P>
 NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int64_t ahead, acc reference,
                                     const ClassTerms<acc, P>& terms) {
@@ -69,6 +71,7 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
   const T* x = row + start;
   const Vec<acc> shift = broadcast(reference);
   Vec<acc> sum[U], dot[U], mass[U], max[U];
+#pragma GCC unroll 4
   for (int u = 0; u < U; ++u) {
     sum[u] = dot[u] = mass[u] = Vec<acc>{};
     max[u] = shift;
@@ -80,11 +83,8 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
     for (int u = 0; u < K; ++u) {
       const Vec<acc> logit = load_some(x + first + u * L, k, kLowest<acc>);
       e[u] = v[u] = logit - shift;
-      if constexpr (kMax) {
-        max[u] = max_not_nan(max[u], logit);
-      } else {
-        prefetch(x + first + u * L + ahead);
-      }
+      if constexpr (kMax) max[u] = max_not_nan(max[u], logit);
+      prefetch(x + first + u * L + ahead);
     }
     exp_vecs<K>(e);
 #pragma GCC unroll 4
@@ -104,6 +104,7 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
   for (; c < n; c += L) add(Count<1>{}, c, n - c < L ? static_cast<int>(n - c) : L);
 
   RowSums<acc> result;
+#pragma GCC unroll 4
   for (int u = 1; u < U; ++u) {
     sum[0] += sum[u];
     dot[0] += dot[u];
@@ -122,16 +123,16 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
   return result;
 }
 
-// The sums of the classes from begin to end; `ahead`: to the same place of the next row.
+// The sums of the classes from begin to end; `next`: from `begin` to where what is summed next begins.
 template <Terms kTerms, typename T, typename acc, typename P>
-NLLX_INLINE RowSums<acc> segment_sums(const T* row, int64_t begin, int64_t end, int64_t ahead,
+NLLX_INLINE RowSums<acc> segment_sums(const T* row, int64_t begin, int64_t end, int64_t next,
                                       const ClassTerms<acc, P>& terms) {
   constexpr int64_t kBlock = kTermsPerLane * kLanes<acc> * (kTerms == Terms::kNone ? 4 : 2), kFirstBlock = kBlock / 4;
   RowSums<acc> s;
   acc reference = kLowest<acc>, max = kLowest<acc>;
-  int64_t n = end - begin < kFirstBlock ? end - begin : kFirstBlock;
-  if (ahead > kFirstBlock || ahead < -kFirstBlock) ahead = kFirstBlock;
+  int64_t n = end - begin <= kBlock ? end - begin : kFirstBlock;
   for (int64_t start = begin; start < end; start += n, n = end - start < kBlock ? end - start : kBlock) {
+    const int64_t ahead = start + n < end ? n : begin + next - start;
     RowSums<acc> block;
     acc block_maximum;
     bool summed = false;
@@ -159,11 +160,12 @@ NLLX_INLINE RowSums<acc> segment_sums(const T* row, int64_t begin, int64_t end, 
 }
 
 template <Terms kTerms, typename T, typename acc, typename P>
-NLLX_INLINE RowSums<acc> row_sums(const T* row, int64_t classes, int64_t ahead, const ClassTerms<acc, P>& terms) {
+NLLX_INLINE RowSums<acc> row_sums(const T* row, int64_t classes, int64_t next_row, const ClassTerms<acc, P>& terms) {
   RowSums<acc> s;
   for (int64_t begin = 0; begin < classes; begin += Chunks::kSegment) {
     const int64_t end = classes - begin < Chunks::kSegment ? classes : begin + Chunks::kSegment;
-    const RowSums<acc> segment = segment_sums<kTerms, T, acc, P>(row, begin, end, ahead, terms);
+    const int64_t next = (end < classes ? end : next_row) - begin;
+    const RowSums<acc> segment = segment_sums<kTerms, T, acc, P>(row, begin, end, next, terms);
     s = begin == 0 ? segment : merged(s, segment);
   }
   return s;
@@ -211,14 +213,14 @@ template <typename T, Terms kTerms, typename P>
 void cross_entropy_forward_rows(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
                                 ChunkResult& result) {
   using acc = typename AccOf<T>::type;
-  const int64_t ahead = row_step(p.extent, p.logits_strides);
+  const int64_t next_row = row_step(p.extent, p.logits_strides);
   for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
     IndexTarget<acc> y;
     if (!begin_forward_row<T, kTerms>(p, row, y, result)) continue;
     const Row r = row_of(p.extent, row);
     const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
     const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
-    const RowSums<acc> s = row_sums<kTerms, T, acc, P>(x, p.extent.classes, ahead, terms);
+    const RowSums<acc> s = row_sums<kTerms, T, acc, P>(x, p.extent.classes, next_row, terms);
     finish_forward_row<T, kTerms, P>(p, row, x, y, terms, s, result);
   }
 }
