@@ -2,14 +2,15 @@
 // with respect to logits or log-probabilities; every other derivative (of higher order, forward, with respect to
 // probability targets or weights) comes from the definition in nllx/_reference.py, which torch differentiates.
 #include <ATen/FuncTorchTLS.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "backward_node.h"
+#include "checks.h"
 #include "ops.h"
 
 namespace nllx {
@@ -139,6 +140,14 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
                                      /*inplace_backward=*/false);
 }
 
+// Autograd refuses to write into such a view, and could not tell of it where an operator does so behind its back.
+bool is_view_of_leaf(const Tensor& t) {
+  const auto* meta = torch::autograd::impl::get_view_autograd_meta(t);
+  if (!meta || !meta->has_bw_view()) return false;
+  const Tensor& base = meta->get_backward_view().base_;
+  return base.is_leaf() && base.requires_grad();
+}
+
 Tensor cross_entropy_inplace_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                       int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                                       OptionalDtype dtype) {
@@ -152,7 +161,10 @@ Tensor cross_entropy_inplace_backward(const Tensor& logits, const Tensor& target
               "cross_entropy: inplace_backward writes the gradient over the logits, but logits is "
               "a leaf Variable that requires grad; call cross_entropy without inplace_backward, or give it the output "
               "of a layer");
-  at::assert_no_internal_overlap(logits);
+  TORCH_CHECK(!is_view_of_leaf(logits),
+              "cross_entropy: inplace_backward writes the gradient over the logits, but logits is a view of a leaf "
+              "Variable that requires grad, which would lose its values; call cross_entropy without inplace_backward");
+  check_no_internal_overlap("cross_entropy", "logits", logits);
   return std::get<0>(cross_entropy_with_backward(logits, target, weight, reduction, std::move(ignore_index),
                                                  label_smoothing, dtype, /*inplace_backward=*/true));
 }
@@ -176,6 +188,9 @@ Tensor cross_entropy_value_and_grad_out_autograd(const Tensor& logits, const Ten
   TORCH_CHECK(!(requires_grad(out) && out.is_leaf()),
               "cross_entropy_value_and_grad: out is a leaf Variable that requires grad; it would lose its values: give "
               "out.detach(), or another tensor");
+  TORCH_CHECK(!(requires_grad(out) && is_view_of_leaf(out)),
+              "cross_entropy_value_and_grad: out is a view of a leaf Variable that requires grad, which would lose its "
+              "values: give out.detach(), or another tensor");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("nllx::cross_entropy_value_and_grad_out", "")

@@ -1,6 +1,5 @@
 #include "checks.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -205,13 +204,29 @@ void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel,
               grad_output.device());
 }
 
+void check_no_internal_overlap(const char* op, const char* name, const Tensor& t) {
+  // From the smallest stride on, each must step over all that lies within it.
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return;
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : dims) {
+    TORCH_CHECK(stride >= extent, op, ": elements of ", name, " share memory with each other (shape ", t.sizes(),
+                ", strides ", t.strides(), "), so it cannot be written; call ", name, ".clone() first");
+    extent += stride * (size - 1);
+  }
+}
+
 void check_out(const char* op, const Tensor& out, const Tensor& input, const Tensor& target,
                const std::optional<Tensor>& weight) {
   TORCH_CHECK(
       out.sizes() == input.sizes() && out.scalar_type() == input.scalar_type() && out.device() == input.device(), op,
       ": out must have shape ", input.sizes(), " and dtype ", input.scalar_type(), " on ", input.device(),
       ", as logits has, but got ", out.sizes(), " and ", out.scalar_type(), " on ", out.device());
-  at::assert_no_internal_overlap(out);
+  check_no_internal_overlap(op, "out", out);
   const bool same = out.const_data_ptr() == input.const_data_ptr() && out.strides() == input.strides();
   const auto check = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(!may_overlap(out, t), op, ": out shares memory with ", name,

@@ -37,6 +37,8 @@ void check_saved(const char* op, const char* name, const at::Tensor& tensor, at:
                  const at::Tensor& input);
 void check_grad_output(const char* op, const at::Tensor& grad_output, int64_t numel, const at::Tensor& input);
 
+// Raises where elements of t, which is to be written, may share memory with each other.
+void check_no_internal_overlap(const char* op, const char* name, const at::Tensor& t);
 // The tensor that a gradient is written to: shape, dtype and device of the input, every element once; it may be the
 // input, but not a part of it, and not one of the other tensors.
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& input, const at::Tensor& target,

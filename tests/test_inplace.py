@@ -98,8 +98,15 @@ def test_inplace_misuse_raises(device: str) -> None:
 
     with pytest.raises(RuntimeError, match=r"leaf Variable that requires grad"):
         cross_entropy(leaf, target, inplace_backward=True)
-    with pytest.raises(RuntimeError, match=r"unsupported operation|internal overlap|single memory location"):
-        cross_entropy((leaf[:1] * 2).expand(4, 6), target, inplace_backward=True)
+    before = leaf.detach().clone()
+    for view in (leaf[:], leaf.view(4, 6), leaf[:, ::2].t()[:, :3]):
+        with pytest.raises(RuntimeError, match=r"view of a leaf Variable that requires grad"):
+            cross_entropy(view, torch.zeros(view.shape[0], dtype=torch.long, device=device), inplace_backward=True)
+    _equal(leaf, before)
+    flat = leaf.flatten() * 2
+    for overlapping in ((leaf[:1] * 2).expand(4, 6), flat.unfold(0, 6, 3)[:4], flat.as_strided((4, 6), (1, 1))):
+        with pytest.raises(RuntimeError, match=r"elements of logits share memory with each other"):
+            cross_entropy(overlapping, target, inplace_backward=True)
 
 
 def test_inplace_through_views(device: str) -> None:
@@ -251,8 +258,9 @@ def test_value_and_grad_mistakes() -> None:
     for out in (torch.empty(4, 5), torch.empty(4, 6).double(), torch.empty(4, 6, device="meta")):
         with pytest.raises(RuntimeError, match=r"out must have shape \[4, 6\] and dtype"):
             cross_entropy_value_and_grad(x, t, out=out)
-    with pytest.raises(RuntimeError, match=r"single memory location"):
-        cross_entropy_value_and_grad(x, t, out=torch.empty(1, 6).expand(4, 6))
+    for out in (torch.empty(1, 6).expand(4, 6), torch.empty(15).as_strided((4, 6), (3, 1))):
+        with pytest.raises(RuntimeError, match=r"elements of out share memory with each other"):
+            cross_entropy_value_and_grad(x, t, out=out)
     buffer = torch.zeros(30)
     with pytest.raises(RuntimeError, match=r"out shares memory with logits"):
         cross_entropy_value_and_grad(buffer[:24].view(4, 6), t, out=buffer[6:].view(4, 6))
@@ -261,6 +269,12 @@ def test_value_and_grad_mistakes() -> None:
         cross_entropy_value_and_grad(x, probabilities, out=probabilities)
     with pytest.raises(RuntimeError, match=r"leaf Variable that requires grad"):
         cross_entropy_value_and_grad(x, t, out=torch.empty(4, 6, requires_grad=True))
+    leaf = torch.nn.Parameter(x.clone())
+    view = leaf[:]
+    with pytest.raises(RuntimeError, match=r"view of a leaf Variable that requires grad"):
+        cross_entropy_value_and_grad(view, t, out=view)
+    _equal(leaf.detach(), x)
+    _equal(cross_entropy_value_and_grad(view, t, out=leaf.detach()[:])[1], leaf.detach())
     with pytest.raises(TypeError, match="'out' must be Tensor"):
         cross_entropy_value_and_grad(x, t, out=[1.0])  # type: ignore[arg-type]
 

@@ -58,6 +58,38 @@ def test_sums_over_many_classes_of_planes(weighted: bool, device: str) -> None:
     assert ((loss.double() - exact) / exact).abs().max() < 4e-7
 
 
+def test_sums_over_many_classes_of_planes_in_float64() -> None:
+    """The terms of smoothing, and the incoming gradient of ``log_softmax``, are summed as well as those of rows are."""
+    logits = (torch.randn(3, 50257, generator=torch.Generator().manual_seed(0)) * 3).double()
+    planes = logits.t().contiguous().t()
+    target = torch.zeros(3, dtype=torch.long)
+    for weight in (None, torch.linspace(0.5, 1.5, 50257, dtype=torch.float64)):
+        options = {"weight": weight, "reduction": "none", "label_smoothing": 1.0}
+        loss = nllx.functional.cross_entropy(planes, target, **options)
+        torch.testing.assert_close(loss, nllx.functional.cross_entropy(logits, target, **options), rtol=2e-15, atol=0)
+    for dtype, rtol in ((torch.float64, 4e-15), (torch.float32, 2e-6)):
+        gradients = []
+        for x in (planes.to(dtype, copy=True), logits.clone()):
+            x.requires_grad_()
+            nllx.functional.log_softmax(x, 1).backward(torch.full(x.shape, 0.1, dtype=x.dtype))
+            gradients.append(x.grad)
+        torch.testing.assert_close(
+            gradients[0].double(), gradients[1], rtol=rtol, atol=float(gradients[1].abs().max()) * rtol
+        )
+
+
+def test_classes_without_probability_at_the_ends_of_the_range() -> None:
+    """They add nothing, also where the largest logit is further away than the largest number."""
+    for dtype in (torch.float32, torch.float64):
+        for classes in (7, 300, 8191):
+            for shape in ((1, classes), (1, classes, 1)):
+                logits = torch.full(shape, torch.finfo(dtype).min, dtype=dtype)
+                target = torch.zeros_like(logits)
+                logits[:, -1] = torch.finfo(dtype).max
+                target[:, -1] = 1
+                assert nllx.functional.cross_entropy(logits, target) == 0
+
+
 @pytest.mark.parametrize("shape", [(9, 7), (2, 7, 40), (2, 130, 40)])
 @pytest.mark.parametrize("scale", [1.0, 1e31, 1e38])
 def test_masked_classes_without_weight_before_large_logits(shape: tuple[int, ...], scale: float, device: str) -> None:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -86,6 +87,11 @@ class LargeMemory final : public c10::Allocator {
   LargeMemory() {
     const char* keep = std::getenv("NLLX_CPU_KEEP_MEMORY");
     keep_ = !(keep && std::strcmp(keep, "0") == 0);
+#if defined(__linux__)
+    // A process that forks while another of its threads allocates gives the child the mutex unlocked.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+#endif
   }
 
   // The smallest kept block that holds `bytes` and is not more than twice as large. Where there is none, blocks are

@@ -140,13 +140,16 @@ template <typename T>
 void log_softmax_backward_planes(const LogSoftmaxBackward& p, const Chunks& chunks, int64_t chunk) {
   using acc = typename AccOf<T>::type;
   constexpr int L = kLanes<acc>;
-  alignas(64) acc total[kTileRoom], block[kTile];
+  alignas(64) acc total[kTileRoom], rest[kTile], block[kTile];
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
     const Tile tile = tile_of(p.extent, unit);
     const T* g = static_cast<const T*>(p.grad_output) + tile.outer * p.grad_output_strides.outer + tile.inner;
     const T* y = static_cast<const T*>(p.output) + tile.outer * p.output_strides.outer + tile.inner;
     T* grad = static_cast<T*>(p.grad_input) + tile.outer * p.grad_input_strides.outer + tile.inner;
-    NLLX_FOR_VECTORS(i, k, tile.width) store(total + i, Vec<acc>{});
+    NLLX_FOR_VECTORS(i, k, tile.width) {
+      store(total + i, Vec<acc>{});
+      store(rest + i, Vec<acc>{});
+    }
     for (int64_t start = 0; start < p.extent.classes; start += kClassBlock) {
       const int64_t end = p.extent.classes - start < kClassBlock ? p.extent.classes : start + kClassBlock;
       NLLX_FOR_VECTORS(i, k, tile.width) store(block + i, Vec<acc>{});
@@ -157,8 +160,14 @@ void log_softmax_backward_planes(const LogSoftmaxBackward& p, const Chunks& chun
           store(block + i, load(block + i) + load_some(gc + i, k, acc(0)));
         }
       }
-      NLLX_FOR_VECTORS(i, k, tile.width) store(total + i, load(total + i) + load(block + i));
+      NLLX_FOR_VECTORS(i, k, tile.width) {
+        Vec<acc> sum = load(total + i), rounded_off = load(rest + i);
+        add_with_rest(sum, rounded_off, load(block + i));
+        store(total + i, sum);
+        store(rest + i, rounded_off);
+      }
     }
+    NLLX_FOR_VECTORS(i, k, tile.width) store(total + i, with_rest(load(total + i), load(rest + i)));
     for (int64_t c = 0; c < p.extent.classes; ++c) {
       const T* gc = g + c * p.grad_output_strides.classes;
       const T* yc = y + c * p.output_strides.classes;

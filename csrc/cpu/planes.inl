@@ -167,13 +167,15 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     if constexpr (kTarget) store(target_logits + i, Vec<acc>{});
   }
   BlockTotals<acc> totals;
-  double mass = 0, earlier_mass = 0;  // of all classes so far, and of those of earlier blocks
+  // Of the block so far, of the blocks before it, and what was rounded off there.
+  double block_mass = 0, mass = 0, mass_rest = 0;
+  const auto earlier_mass = [&] { return mass_rest == mass_rest ? mass + mass_rest : mass; };
   for (int64_t c = 0; c < classes;) {
     const int64_t left = classes - c;
     const int n = left >= kTogether ? kTogether : left >= 2 ? 2 : 1;
     const T* xc = x + c * stride;
     const T* then = left > n ? xc + n * stride : next;
-    const acc mass_before = static_cast<acc>(mass - earlier_mass);
+    const acc mass_before = static_cast<acc>(block_mass);
     if (kTarget && starts_a_window<acc>(c)) next_window(c);
     const auto add = [&](auto count) __attribute__((always_inline)) {
       add_classes<kTerms, kTarget, decltype(count)::value, T, acc, P>(xc, then, stride, c, width, terms, mass_before, s,
@@ -186,15 +188,19 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     } else {
       add(Count<1>{});
     }
-    if constexpr (kTerms == Terms::kUniform || kTerms == Terms::kWeighted) {
-      for (int u = 0; u < n; ++u) mass += static_cast<double>(smoothing_term<kTerms>(terms, c + u));
+    if constexpr (kTerms == Terms::kUniform) {
+      block_mass = static_cast<double>(terms.uniform) * static_cast<double>(c % kClassBlock + n);
+    } else if constexpr (kTerms == Terms::kWeighted) {
+      for (int u = 0; u < n; ++u) block_mass += static_cast<double>(smoothing_term<kTerms>(terms, c + u));
     }
     c += n;
     if (classes > kClassBlock && (c % kClassBlock == 0 || c == classes)) {
-      end_block<kTerms>(width, static_cast<acc>(earlier_mass), s, totals, c <= kClassBlock);
-      earlier_mass = mass;
+      end_block<kTerms>(width, static_cast<acc>(earlier_mass()), s, totals, c <= kClassBlock);
+      add_with_rest(mass, mass_rest, block_mass);
+      block_mass = 0;
     }
   }
+  mass = earlier_mass() + block_mass;
   NLLX_FOR_VECTORS(i, k, width) {
     const Vec<acc> max = load(s.max + i);
     Vec<acc> sum = load(s.sum + i);

@@ -16,7 +16,7 @@ struct RowSums {
   void refer_to(acc new_max) {
     const double shift = static_cast<double>(finite_max(max)) - static_cast<double>(finite_max(new_max));
     if (!is_minus_infinity(max)) sum *= exp(shift);  // else it is zero, or NaN
-    dot += mass * shift;
+    if (mass != 0) dot += mass * shift;              // without any, there is nothing to move, be it by infinity
     max = new_max;
   }
   RowStats<acc> stats() const { return {finite_max(max), static_cast<acc>(log(sum))}; }
