@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <utility>
 #include <vector>
@@ -89,9 +90,25 @@ void check_devices(const LossArguments& a) {
   if (a.weight.has_value() && a.weight->defined()) check("weight", *a.weight);
 }
 
-// Whether `distance` elements lie between some pair of elements of an array whose dimensions, from the largest stride
-// to the smallest, each reach further than all that follow together.
-bool is_distance_within(const std::vector<std::pair<int64_t, int64_t>>& strides_and_sizes, size_t d, int64_t distance) {
+// Strides and sizes of the dimensions of more than one element, from the largest stride to the smallest, if each steps
+// over all that follow together: no two elements share memory then. Nothing otherwise.
+using StridesAndSizes = std::vector<std::pair<int64_t, int64_t>>;
+std::optional<StridesAndSizes> nested_strides(const Tensor& t) {
+  StridesAndSizes dims;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dims.rbegin(), dims.rend());
+  int64_t reach = 0;
+  for (auto d = dims.rbegin(); d != dims.rend(); ++d) {
+    if (d->first <= reach) return std::nullopt;
+    reach += d->first * (d->second - 1);
+  }
+  return dims;
+}
+
+// Whether `distance` elements lie between some pair of elements of an array of nested strides.
+bool is_distance_within(const StridesAndSizes& strides_and_sizes, size_t d, int64_t distance) {
   if (d == strides_and_sizes.size()) return distance == 0;
   const auto [stride, size] = strides_and_sizes[d];
   const int64_t steps = distance / stride;
@@ -121,17 +138,8 @@ bool may_overlap(const Tensor& a, const Tensor& b) {
       bytes % a.element_size() != 0) {
     return true;
   }
-  std::vector<std::pair<int64_t, int64_t>> strides_and_sizes;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) > 1) strides_and_sizes.emplace_back(a.stride(d), a.size(d));
-  }
-  std::sort(strides_and_sizes.rbegin(), strides_and_sizes.rend());
-  int64_t reach = 0;
-  for (auto d = strides_and_sizes.rbegin(); d != strides_and_sizes.rend(); ++d) {
-    if (d->first <= reach) return true;
-    reach += d->first * (d->second - 1);
-  }
-  return is_distance_within(strides_and_sizes, 0, bytes / a.element_size());
+  const std::optional<StridesAndSizes> dims = nested_strides(a);
+  return !dims || is_distance_within(*dims, 0, bytes / a.element_size());
 }
 
 }  // namespace
@@ -205,19 +213,8 @@ void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel,
 }
 
 void check_no_internal_overlap(const char* op, const char* name, const Tensor& t) {
-  // From the smallest stride on, each must step over all that lies within it.
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 0) return;
-    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t extent = 1;
-  for (const auto& [stride, size] : dims) {
-    TORCH_CHECK(stride >= extent, op, ": elements of ", name, " share memory with each other (shape ", t.sizes(),
-                ", strides ", t.strides(), "), so it cannot be written; call ", name, ".clone() first");
-    extent += stride * (size - 1);
-  }
+  TORCH_CHECK(t.numel() == 0 || nested_strides(t), op, ": elements of ", name, " share memory with each other (shape ",
+              t.sizes(), ", strides ", t.strides(), "), so it cannot be written; call ", name, ".clone() first");
 }
 
 void check_out(const char* op, const Tensor& out, const Tensor& input, const Tensor& target,
