@@ -41,7 +41,7 @@ class Traffic:
 
 
 def passes(case: Case, element_bytes: int, mode: str) -> list[Traffic]:
-    """The traffic of each pass of ``mode``, "forward" or "forward+backward"."""
+    """The traffic of each pass of ``mode``, one of ``providers.MODES``."""
     logits = case.elements * element_bytes
     targets = logits if case.probabilities else case.rows * INDEX_BYTES
     weights = case.classes * element_bytes if case.weight else 0
@@ -54,4 +54,13 @@ def passes(case: Case, element_bytes: int, mode: str) -> list[Traffic]:
             backward = Traffic(targets + weights, logits)
         case "log_softmax":  # the backward reads the output and its gradient
             forward, backward = Traffic(logits, logits), Traffic(2 * logits, logits)
-    return [forward] if mode == "forward" else [forward, backward]
+    match mode:
+        case "forward":
+            return [forward]
+        case "backward":
+            return [backward]
+        case "forward+backward":
+            return [forward, backward]
+        case "value_and_grad":  # of cross_entropy alone: the inputs are read once for both
+            return [Traffic(forward.read, backward.written)]
+    raise ValueError(f"no such mode: {mode}")

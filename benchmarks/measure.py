@@ -5,19 +5,18 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import providers
+from . import peak_memory, providers
 from .byte_model import passes
 from .memory import MemoryProbes
-from .providers import Calls, Function, Provider
+from .providers import DEFAULT_MODES, Calls, Function, Provider
 from .record import Absence, Row
 from .shapes import Case, Inputs, make_inputs
 from .timing import Timer, paired_ratio, summary, time_in_rounds
-
-MODES = ("forward", "forward+backward")
 
 # Largest error that counts as right, see ``error``. Rounding an output once to the dtype costs 2^-24, 2^-11 and 2^-8;
 # the rest is for providers that round the log-probabilities of magnitude 10 before they exponentiate them, and then
@@ -50,17 +49,37 @@ class Reference:
         output, gradient = providers.bind(function, inputs.double()).forward_backward()
         self.output, self.gradient = output.detach(), gradient
 
-    def errors(self, calls: Calls) -> dict[str, float]:
-        """Errors of the outputs of both modes and of the gradient."""
-        forward = error(calls.forward(), self.output)
-        output, gradient = calls.forward_backward()
-        if output.dtype != self.dtype or gradient.dtype != self.dtype:
-            raise ValueError(f"output {output.dtype}, gradient {gradient.dtype} from logits {self.dtype}")
-        return {
-            "forward": forward,
-            "output": error(output.detach(), self.output),
-            "gradient": error(gradient, self.gradient),
-        }
+    def errors(self, calls: Calls, modes: Sequence[str] = providers.MODES) -> dict[str, float]:
+        """Errors of what each mode returns that the provider has."""
+        found = {}
+        for mode in modes:
+            call = calls.of(mode)
+            if call is None:
+                continue
+            calls.restore()
+            result: Any = call()
+            match mode:
+                case "forward":
+                    found["forward"] = self._of_output(result)
+                case "backward":
+                    found["backward"] = self._of_gradient(result)
+                case "forward+backward":
+                    found["output"] = self._of_output(result[0])
+                    found["gradient"] = self._of_gradient(result[1])
+                case "value_and_grad":
+                    found["value_and_grad"] = max(self._of_output(result[0]), self._of_gradient(result[1]))
+        return found
+
+    def _of_output(self, output: Tensor) -> float:
+        # A loss in float32 of logits in half precision is not held against a provider.
+        if output.dtype != self.dtype and (output.dim() > 0 or output.dtype != torch.float32):
+            raise ValueError(f"output {output.dtype} from logits {self.dtype}")
+        return error(output.detach(), self.output)
+
+    def _of_gradient(self, gradient: Tensor) -> float:
+        if gradient.dtype != self.dtype:
+            raise ValueError(f"gradient {gradient.dtype} from logits {self.dtype}")
+        return error(gradient, self.gradient)
 
 
 def load_providers(
@@ -91,12 +110,16 @@ def measure(
     timer: Timer,
     rounds: int,
     rng: random.Random,
+    modes: Sequence[str] | None = None,
 ) -> tuple[list[Row], list[Absence]]:
-    """Time every provider that is right on ``case`` in both modes, together with the memory probes."""
+    """Time every provider that is right on ``case`` in ``modes``, by default those of the device, together with the
+    memory probes."""
+    modes = DEFAULT_MODES[device.type] if modes is None else modes
     dtype_name = str(dtype).removeprefix("torch.")
     inputs = make_inputs(case, dtype, device)
     reference = Reference(case, inputs)
     errors: dict[str, dict[str, float]] = {}
+    peaks: dict[tuple[str, str], int] = {}
     absences: list[Absence] = []
     calls: dict[tuple[str, str], Callable[[], object]] = {("memory", name): call for name, call in probes.calls.items()}
 
@@ -111,7 +134,11 @@ def measure(
             continue
         try:
             bound = provider.bind(functions[case.op], inputs)
-            found = reference.errors(bound)
+            found = reference.errors(bound, modes)
+            mine = {mode: call for mode in modes if (call := bound.of(mode)) is not None}
+            if device.type == "cuda":
+                for mode, call in mine.items():
+                    peaks[provider.name, mode] = peak_memory.allocated_peak_bytes(call, device)
         except Exception as reason:  # of whatever type, it says of this provider only that it cannot do this case
             report(provider, "failed", describe(reason))
             continue
@@ -119,23 +146,32 @@ def measure(
             report(provider, "wrong", f"error above {TOLERANCE[dtype]:g}: " + _listed(found))
             continue
         errors[provider.name] = found
-        calls[provider.name, "forward"] = bound.forward
-        calls[provider.name, "forward+backward"] = bound.forward_backward
+        calls.update({(provider.name, mode): call for mode, call in mine.items()})
     del reference
 
     seconds = time_in_rounds(calls, timer, rounds, rng) if errors else {}
     probed = {probe: seconds["memory", probe] for probe in probes.calls} if errors else {}
     rows: list[Row] = []
-    for mode in MODES:
+    for mode in modes:
+        if not any((name, mode) in seconds for name in errors):
+            continue
         traffic = passes(case, dtype.itemsize, mode)
         total = sum(one.total for one in traffic)
+        # Who has no value_and_grad takes forward and backward for it.
+        stand_in = "forward+backward" if mode == "value_and_grad" else mode
+        keys = {name: (name, mode) if (name, mode) in seconds else (name, stand_in) for name in errors}
+        timed = {name: seconds[key] for name, key in keys.items() if key in seconds}
         for name in errors:
-            mine = seconds[name, mode]
-            shares = []
-            for i, taken in enumerate(mine):
-                speeds = probes.speeds({probe: times[i] for probe, times in probed.items()})
-                shares.append(sum(one.floor_seconds(speeds) for one in traffic) / taken)
-            times = summary(mine)
+            if (name, mode) not in seconds:
+                continue
+            taken = seconds[name, mode]
+            shares, copy_shares = [], []
+            for i, one_taken in enumerate(taken):
+                round_probed = {probe: times[i] for probe, times in probed.items()}
+                speeds = probes.speeds(round_probed)
+                shares.append(sum(one.floor_seconds(speeds) for one in traffic) / one_taken)
+                copy_shares.append(total / one_taken / probes.copy_speed(round_probed))
+            times = summary(taken)
             rows.append(
                 {
                     "case": case.name,
@@ -149,10 +185,11 @@ def measure(
                     "bytes": total,
                     "gb_per_s": total / times["median"] / 1e9,
                     "share": statistics.median(shares),
+                    "copy_share": statistics.median(copy_shares),
                     "memory": probes.summaries(probed),
-                    "ratio": {other: paired_ratio(mine, seconds[other, mode]) for other in errors if other != name},
+                    "ratio": {other: paired_ratio(taken, timed[other]) for other in timed if other != name},
                     "error": errors[name],
-                    "peak_bytes": None,
+                    "peak_bytes": peaks.get((name, mode)),
                 }
             )
     return rows, absences

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .byte_model import Speeds
-from .timing import summary
+from .timing import l2_bytes, summary
 
 MIB = 1 << 20
 
@@ -16,7 +16,7 @@ MIB = 1 << 20
 def _cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache (of all of them where a machine has several), 0 where it cannot be told."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
+        return l2_bytes(device)
     sizes = {}
     for cache in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
         kibibytes = (cache / "size").read_text().strip().removesuffix("K")
@@ -52,6 +52,10 @@ class MemoryProbes:
         """The two speeds that the byte model needs, from the seconds that each probe took in one round."""
         measured = {name: self._bytes[name] / seconds[name] for name in self.calls}
         return Speeds(measured["read"], max(measured["copy"], measured["update"]))
+
+    def copy_speed(self, seconds: Mapping[str, float]) -> float:
+        """Bytes per second of the copy, read and written both counted."""
+        return self._bytes["copy"] / seconds["copy"]
 
     def summaries(self, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
         """Summary of the bytes per second of each probe, from its seconds in every round."""

@@ -1,4 +1,5 @@
-"""Peak resident memory of a forward and backward, each provider in a process of its own.
+"""Peak memory: on a CPU what is resident in a forward and backward, each provider in a process of its own; on a GPU what
+is allocated in a call.
 
 As a program it measures one provider here and prints a JSON object, bytes by case:
 ``python -m benchmarks.peak_memory PROVIDER DTYPE THREADS CASE …``.
@@ -19,6 +20,7 @@ import torch
 
 from .providers import PROVIDERS, Calls, Provider
 from .shapes import CASES, Case, make_inputs
+from .timing import Call, ready
 
 SMALLEST = 4 << 20
 """Bytes of logits from which on a case is measured: below, what an allocator keeps hides what the call needs."""
@@ -49,6 +51,21 @@ def peak_bytes(calls: Calls) -> int:
     calls.forward_backward()
     peak = _resident("VmHWM")
     del output, gradient
+    return peak - before
+
+
+def allocated_peak_bytes(call: Call, device: torch.device) -> int:
+    """The most that a call adds to what is allocated on a GPU, its results included.
+
+    What the call before returned stays alive, as what is added must be new memory.
+    """
+    kept = call()
+    one = ready(call)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = one()
+    peak = torch.cuda.max_memory_allocated(device)
+    del kept, result
     return peak - before
 
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from .measure import MODES
+from .providers import MODES
 from .record import Record, load
 
 
@@ -26,13 +26,20 @@ def draw(record: Record, path: Path) -> None:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     thickness = 0.8 / len(names)
     height = 1.3 + (0.12 + 0.11 * len(names)) * len(cases) * len(dtypes)
     figure, axes = pyplot.subplots(
-        len(dtypes), len(MODES), figsize=(11, height), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        len(dtypes),
+        len(modes),
+        figsize=(5.5 * len(modes), height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis_row, dtype in zip(axes, dtypes, strict=True):
-        for axis, mode in zip(axis_row, MODES, strict=True):
+        for axis, mode in zip(axis_row, modes, strict=True):
             for index, name in enumerate(names):
                 shown = [row for row in rows if (row["dtype"], row["mode"], row["provider"]) == (dtype, mode, name)]
                 floors = [row["share"] * row["seconds"]["median"] for row in shown]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .shapes import Inputs
+from .timing import Call, Prepared
 
 Function = Callable[..., Tensor]
+
+MODES = ("forward", "backward", "forward+backward", "value_and_grad")
+DEFAULT_MODES = {"cpu": ("forward", "forward+backward"), "cuda": MODES}
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,21 @@ class Calls:
     """What is timed and checked for one case.
 
     ``forward()`` returns the output and keeps nothing for a backward. ``forward_backward()`` returns the output and the
-    gradient of the logits, which it allocates anew each time. Both return torch tensors on the case's device and, on
-    CUDA, give all their work to the current stream.
+    gradient of the logits, which it allocates anew each time. ``backward`` prepares a forward that keeps what it needs
+    and returns the gradient. ``value_and_grad()`` returns both without a graph. All return torch tensors on the case's
+    device and, on CUDA, give all their work to the current stream. ``restore()`` brings back logits that calls overwrite;
+    it precedes each check of values.
     """
 
     forward: Callable[[], Tensor]
     forward_backward: Callable[[], tuple[Tensor, Tensor]]
+    backward: Prepared | None = None
+    value_and_grad: Callable[[], tuple[Tensor, Tensor]] | None = None
+    restore: Callable[[], object] = lambda: None
+
+    def of(self, mode: str) -> Call | None:
+        """The call of one of ``MODES``, None where the provider has none."""
+        return getattr(self, mode.replace("+", "_"))
 
 
 def bind(function: Function, inputs: Inputs) -> Calls:
@@ -44,7 +57,43 @@ def bind(function: Function, inputs: Inputs) -> Calls:
         assert leaf.grad is not None
         return output, leaf.grad
 
-    return Calls(forward, forward_backward)
+    def with_graph() -> Tensor:
+        return function(leaf, *inputs.args, **inputs.options)
+
+    def backward(output: Tensor) -> Tensor:
+        return torch.autograd.grad(output, leaf, inputs.grad_output)[0]
+
+    return Calls(forward, forward_backward, Prepared(with_graph, backward))
+
+
+def bind_nllx(function: Function, inputs: Inputs) -> Calls:
+    from nllx import functional
+
+    calls = bind(function, inputs)
+    if function is not functional.cross_entropy:
+        return calls
+
+    def value_and_grad() -> tuple[Tensor, Tensor]:
+        return functional.cross_entropy_value_and_grad(inputs.logits, *inputs.args, **inputs.options)
+
+    return replace(calls, value_and_grad=value_and_grad)
+
+
+def bind_in_place(function: Function, inputs: Inputs) -> Calls:
+    """Calls of a function that may write the gradient over the logits, which are then a copy of the case's.
+
+    The gradient comes from ``autograd.grad``: ``backward`` would copy it into the ``grad`` of a leaf.
+    """
+    scratch = inputs.logits.clone()
+    calls = bind(function, replace(inputs, logits=scratch))
+    backward = calls.backward
+    assert backward is not None
+
+    def forward_backward() -> tuple[Tensor, Tensor]:
+        output = backward.prepare()
+        return output, backward.call(output)
+
+    return replace(calls, forward_backward=forward_backward, restore=lambda: scratch.copy_(inputs.logits))
 
 
 def bind_compiled(function: Function, inputs: Inputs) -> Calls:
@@ -105,11 +154,43 @@ def bind_jax(function: Function, inputs: Inputs) -> Calls:
     return jax_losses.bind(function, inputs)
 
 
+def _on_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RuntimeError("has kernels for GPUs alone")
+
+
+def _liger(device: torch.device) -> Mapping[str, Function]:
+    _on_cuda(device)
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return {"cross_entropy": liger_cross_entropy}
+
+
+def _quack(device: torch.device) -> Mapping[str, Function]:
+    _on_cuda(device)
+    from quack.cross_entropy import cross_entropy
+
+    return {"cross_entropy": cross_entropy}
+
+
+def _fla(device: torch.device) -> Mapping[str, Function]:
+    _on_cuda(device)
+    from fla.modules import FusedCrossEntropyLoss
+
+    def cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return FusedCrossEntropyLoss(**options)(logits, target)
+
+    return {"cross_entropy": cross_entropy}
+
+
 BASELINE = "nllx"  # the table's ratios are to this one
 
 PROVIDERS: list[Provider] = [
-    Provider(BASELINE, _nllx),
+    Provider(BASELINE, _nllx, bind=bind_nllx),
     Provider("torch", torch_functions),
     Provider("torch.compile", torch_functions, bind=bind_compiled),
     Provider("jax", _jax, bind=bind_jax),
+    Provider("liger", _liger, bind=bind_in_place),
+    Provider("quack", _quack),
+    Provider("fla", _fla),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,9 +22,11 @@ class Row(TypedDict):
     """One provider in one mode on one case.
 
     ``seconds``: per call. ``bytes``: read and written, by the byte model. ``share``: memory floor over time.
-    ``memory``: bytes per second of each probe in the same rounds. ``ratio``: this provider's time over that of each
-    other one. ``error``: largest relative errors against float64, see ``measure.error``. ``peak_bytes``: the most that
-    the call adds to resident memory, None where that was not measured.
+    ``copy_share``: these bytes over the time and the speed of the copy. ``memory``: bytes per second of each probe in the
+    same rounds. ``ratio``: this provider's time over that of each other one, whose forward+backward stands for a
+    value_and_grad that it lacks. ``error``: largest relative errors against float64, see ``measure.error``.
+    ``peak_bytes``: the most that the call adds to resident memory, or to what is allocated on a GPU; None where that was
+    not measured.
     """
 
     case: str
@@ -37,6 +40,7 @@ class Row(TypedDict):
     bytes: int
     gb_per_s: float
     share: float
+    copy_share: float  # older records have none
     memory: dict[str, Summary]
     ratio: dict[str, Summary]
     error: dict[str, float]
@@ -61,6 +65,8 @@ class Record(TypedDict):
     memory: dict[str, Summary]
     rows: list[Row]
     absences: list[Absence]
+    left_out: list[str]
+    """Case and dtype of what was not started, and why; older records have none."""
 
 
 def _command(*words: str) -> str | None:
@@ -91,7 +97,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Date, commit, versions and machine of this run."""
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _command("git", "rev-parse", "HEAD"),
+        "commit": _command("git", "rev-parse", "HEAD") or os.environ.get("NLLX_COMMIT"),
         "modified": bool(_command("git", "status", "--porcelain")),
         "platform": platform.platform(),
         "versions": {
@@ -110,12 +116,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         record["device_name"] = torch.cuda.get_device_name(device)
         record["device_capability"] = list(torch.cuda.get_device_capability(device))
+        driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        record["driver"] = driver.splitlines()[0] if driver else None
     return record
 
 
 def save(record: Record, path: Path) -> None:
+    """Whenever the process is killed, the file is whole: the record before or this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def load(path: Path) -> Record:

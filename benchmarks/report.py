@@ -73,6 +73,37 @@ def absence_line(absence: Absence) -> str:
     return f"{absence['provider']} not timed{where}, {absence['kind']}: {absence['reason']}"
 
 
+def summary_table(record: Record) -> str:
+    """The baseline in short: what it takes, how near it comes to the speed of a copy, and how much longer others take."""
+    titles = ("case", "dtype", "mode", f"{BASELINE} ms", "copy", "torch", "compile")
+    lines = []
+    for row in record["rows"]:
+        if row["provider"] != BASELINE:
+            continue
+        others = [row["ratio"].get(name) for name in ("torch", "torch.compile")]
+        lines.append(
+            (
+                row["case"],
+                row["dtype"],
+                row["mode"],
+                f"{row['seconds']['median'] * 1e3:.4f}",
+                f"{row['copy_share']:.0%}",
+                *("-" if ratio is None else f"{1 / ratio['median']:.2f}×" for ratio in others),
+            )
+        )
+    widths = (-max(len(cells[0]) for cells in [titles, *lines]), -8, -16, 9, 6, 7, 8)
+    return "\n".join(
+        " ".join(
+            cell.ljust(-width) if width < 0 else cell.rjust(width) for cell, width in zip(cells, widths, strict=True)
+        ).rstrip()
+        for cells in [titles, *lines]
+    )
+
+
+def left_out_lines(record: Record) -> list[str]:
+    return [f"left out: {what}" for what in record.get("left_out", [])]
+
+
 def preamble(record: Record) -> str:
     """Machine, versions and memory speed in a few lines."""
     environment = record["environment"]
@@ -80,7 +111,8 @@ def preamble(record: Record) -> str:
     commit = (environment["commit"] or "no commit")[:12] + (" and changes" if environment["modified"] else "")
     machine = f"{environment['cpu']}, {environment['cpu_capability']}, {environment['threads']} threads"
     if "device_name" in environment:
-        machine = f"{environment['device_name']}, sm_{''.join(map(str, environment['device_capability']))}; {machine}"
+        capability = "".join(map(str, environment["device_capability"]))
+        machine = f"{environment['device_name']}, sm_{capability}, driver {environment.get('driver')}; {machine}"
     speeds = ", ".join(
         f"{name} {speed['median'] / 1e9:.4g} ({speed['q1'] / 1e9:.4g}–{speed['q3'] / 1e9:.4g})"
         for name, speed in record["memory"].items()
@@ -93,6 +125,7 @@ def table(record: Record, markdown: bool = False) -> str:
     lines = [preamble(record), header(markdown), *(line(row, markdown) for row in record["rows"])]
     if record["absences"]:
         lines += ["", *(("- " if markdown else "") + absence_line(absence) for absence in record["absences"])]
+    lines += left_out_lines(record)
     return "\n".join(lines)
 
 

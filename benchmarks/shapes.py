@@ -19,7 +19,9 @@ UNLABELLED = 255
 class Case:
     """One timed problem. The class dimension is 1, the reduction is the mean.
 
-    ``ignored`` is the share of targets equal to ``UNLABELLED``, which is then the ``ignore_index``.
+    ``ignored`` is the share of targets equal to ``UNLABELLED``, which is then the ``ignore_index``. ``quick``: part of a
+    quick run on a CPU. On a GPU ``quick_dtypes`` are those of a quick run, which has ``torch.compile`` in the first of
+    them if ``quick_compile``; ``launch_bound``: wall time counts, not the GPU's.
     """
 
     name: str
@@ -32,6 +34,9 @@ class Case:
     label_smoothing: float = 0.0
     channels_last: bool = False
     quick: bool = False
+    launch_bound: bool = False
+    quick_dtypes: tuple[str, ...] = ()
+    quick_compile: bool = False
 
     @property
     def elements(self) -> int:
@@ -87,6 +92,48 @@ CASES: list[Case] = [
     Case("smoothing-8x21x512x512", "segmentation, smoothing 0.1", (8, 21, 512, 512), label_smoothing=0.1),
     *_alone("nll_loss", "on log-probabilities; one element of a row is read"),
     *_alone("log_softmax", "what a model's last layer computes where the loss is NLLLoss"),
+]
+
+
+LARGE = 1 << 28  # elements: 512 MiB in half precision, 1 GiB in float32
+
+
+def _large(classes: int, origin: str, name: str = "rows", **options: Any) -> Case:
+    """As many rows as make the logits large."""
+    rows = -(-LARGE // classes)
+    return Case(f"{name}-{rows}x{classes}", origin, (rows, classes), **options)
+
+
+def _tiny(origin: str, shape: tuple[int, int]) -> Case:
+    return Case(f"tiny-{shape[0]}x{shape[1]}", origin, shape, launch_bound=True, quick_dtypes=_HALF)
+
+
+_HALF = ("bfloat16",)
+_BOTH = ("bfloat16", "float32")
+
+# What matters most comes first: a budget of time cuts off the end.
+CUDA_CASES: list[Case] = [
+    _large(32000, "Llama 2 vocabulary", quick_dtypes=(*_BOTH, "float16"), quick_compile=True),
+    _large(1000, "ImageNet-1k classes", quick_dtypes=_BOTH, quick_compile=True),
+    _large(128256, "Llama 3 vocabulary", quick_dtypes=_BOTH, quick_compile=True),
+    Case("planes-16x21x512x512", "PASCAL VOC segmentation, 21 classes", (16, 21, 512, 512), quick_dtypes=_BOTH),
+    Case("planes-4x150x512x512", "ADE20K segmentation, 150 classes", (4, 150, 512, 512), quick_dtypes=_BOTH),
+    _large(50257, "GPT-2's vocabulary; odd rows start unaligned", quick_dtypes=_HALF),
+    _large(262144, "Gemma's vocabulary", quick_dtypes=_HALF),
+    _large(10, "CIFAR-10 classes; rows shorter than a vector", quick_dtypes=_HALF),
+    _large(256, "bytes", quick_dtypes=_HALF),
+    _large(8192, "a codebook of images or sound", quick_dtypes=_HALF),
+    _large(152064, "Qwen 2.5 vocabulary", quick_dtypes=_HALF),
+    Case("rows-8x262144", "a step of generation; fewer rows than multiprocessors", (8, 262144), quick_dtypes=_HALF),
+    _tiny("a small classifier's step", (32, 10)),
+    _tiny("likewise, with CIFAR-100 classes", (64, 100)),
+    _tiny("one image at a time", (1, 1000)),
+    _large(32000, "translation with smoothing 0.1", "smoothing", label_smoothing=0.1, quick_dtypes=_HALF),
+    _large(32000, "distillation of a language model", "probabilities", probabilities=True, quick_dtypes=_BOTH),
+    _large(1000, "ImageNet-1k with class weights", "weights", weight=True, quick_dtypes=_HALF),
+    *_planes("weighted-planes-16x21x512x512", "PASCAL VOC with weights and unlabelled pixels", (16, 21, 512, 512)),
+    _large(32000, "on log-probabilities; one element of a row is read", "nll", op="nll_loss"),
+    _large(32000, "what a model's last layer computes where the loss is NLLLoss", "log-softmax", op="log_softmax"),
 ]
 
 

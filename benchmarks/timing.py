@@ -8,12 +8,33 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of ``call(prepare())`` of which a timer times ``call`` alone, as a backward after its forward."""
+
+    prepare: Callable[[], Any]
+    call: Callable[[Any], Any]
+
+    def __call__(self) -> Any:
+        return self.call(self.prepare())
+
+    def ready(self) -> Call:
+        """What is left to be timed."""
+        return partial(self.call, self.prepare())
+
+
+def ready(call: Call) -> Call:
+    return call.ready() if isinstance(call, Prepared) else call
 
 
 class Timer(Protocol):
@@ -27,48 +48,77 @@ class Timer(Protocol):
     def __call__(self, call: Call, repetitions: int) -> float: ...
 
 
-class CpuTimer:
-    """Wall clock around a loop. Inputs that fit the caches stay there, as when a network has just written them."""
+class WallTimer:
+    """Wall clock around a loop. Inputs that fit the caches stay there, as when a network has just written them.
+
+    On CUDA the time ends when the GPU has done everything: the larger of the host's part and the GPU's. What is prepared
+    for the calls lives at once, so that such cases must be small.
+    """
 
     enough_seconds = 0.01
     most_repetitions = 10_000
 
+    def __init__(self, device: torch.device) -> None:
+        self._synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+
     def __call__(self, call: Call, repetitions: int) -> float:
+        calls = [ready(call) for _ in range(repetitions)]
+        if self._synchronize:
+            self._synchronize()
         start = time.perf_counter()
-        for _ in range(repetitions):
-            call()
+        for one in calls:
+            one()
+        if self._synchronize:
+            self._synchronize()
         return (time.perf_counter() - start) / repetitions
 
 
 class CudaTimer:
-    """CUDA events around each call, the L2 cache flushed before it; the median of the repetitions.
+    """CUDA events: the time of the stream, which includes the host's part only where the GPU has to wait for it.
 
-    The time is that of the stream: it includes the host's part only where the host is slower than the flush.
+    Calls on inputs far larger than the L2 cache run back to back between two events. With ``flush``, for inputs that
+    the cache could keep, it is overwritten before each call, which then has events of its own; so has a call that
+    something is prepared for. Of these the median of the repetitions counts.
     """
 
     enough_seconds = 0.01
     most_repetitions = 50
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, flush: bool) -> None:
         self._device = device
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device=device)
+        self._flush = flush
+        self._buffer = torch.empty(4 * l2_bytes(device), dtype=torch.int8, device=device)
 
     def __call__(self, call: Call, repetitions: int) -> float:
-        events = []
-        for _ in range(repetitions):
-            self._flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
+        if self._flush or isinstance(call, Prepared):
+            batch, spans = 1, [self._span(call, 1, self._flush) for _ in range(repetitions)]
+        else:  # what is overwritten before the batch gives the host a start over the GPU
+            batch, spans = repetitions, [self._span(call, repetitions, True)]
         torch.cuda.synchronize(self._device)
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3 / batch
+
+    def _span(self, call: Call, count: int, flush: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Events around ``count`` calls. What was prepared for them is gone on return."""
+        one = ready(call)
+        if flush:
+            self._buffer.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            one()
+        end.record()
+        return start, end
 
 
-def make_timer(device: torch.device) -> Timer:
-    return CudaTimer(device) if device.type == "cuda" else CpuTimer()
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def make_timer(device: torch.device, logits_bytes: int = 0, launch_bound: bool = False) -> Timer:
+    """The timer for calls on so many bytes of logits, or for the memory probes."""
+    if device.type != "cuda" or launch_bound:
+        return WallTimer(device)
+    return CudaTimer(device, flush=0 < logits_bytes < 4 * l2_bytes(device))
 
 
 def _repetitions(call: Call, timer: Timer) -> int:

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "message.h"
 
 namespace nllx {
 
@@ -26,34 +28,34 @@ void check_index_target_shape(const LossArguments& a) {
   const Tensor& input = a.input;
   const Tensor& target = a.target;
   if (input.dim() == 1) {
-    TORCH_CHECK_VALUE(
-        target.dim() != 1 || target.size(0) == 1, a.op,
-        ": For 1D input, 1D target must have size 1, but got target size: ", target.dim() == 1 ? target.size(0) : 0);
+    TORCH_CHECK_VALUE(target.dim() != 1 || target.size(0) == 1, a.op,
+                      ": For 1D input, 1D target must have size 1, but got target size: ",
+                      number(target.dim() == 1 ? target.size(0) : 0));
     TORCH_CHECK(target.dim() <= 1, a.op, ": 0D or 1D target tensor expected, multi-target not supported; ",
-                a.input_name, " of shape ", input.sizes(),
-                " is one sample, whose target is a single class index, but target has shape ", target.sizes());
+                a.input_name, " of shape ", list(input.sizes()),
+                " is one sample, whose target is a single class index, but target has shape ", list(target.sizes()));
     return;
   }
   const int64_t target_batch = target.dim() == 0 ? 0 : target.size(0);
-  TORCH_CHECK_VALUE(target_batch == input.size(0), a.op, ": Expected input batch_size (", input.size(0),
-                    ") to match target batch_size (", target_batch, "). ", a.input_name, " has shape ", input.sizes(),
-                    ", target ", target.sizes());
+  TORCH_CHECK_VALUE(target_batch == input.size(0), a.op, ": Expected input batch_size (", number(input.size(0)),
+                    ") to match target batch_size (", number(target_batch), "). ", a.input_name, " has shape ",
+                    list(input.sizes()), ", target ", list(target.sizes()));
   if (input.dim() == 2) {
     TORCH_CHECK(target.dim() == 1, a.op, ": 0D or 1D target tensor expected, multi-target not supported; ",
-                a.input_name, " of shape ", input.sizes(), " takes class indices of shape [", input.size(0), "]",
-                a.takes_probabilities ? " or class probabilities of its own shape" : "", ", but target has shape ",
-                target.sizes());
+                a.input_name, " of shape ", list(input.sizes()), " takes class indices of shape [",
+                number(input.size(0)), "]", a.takes_probabilities ? " or class probabilities of its own shape" : "",
+                ", but target has shape ", list(target.sizes()));
     return;
   }
   std::vector<int64_t> expected = input.sizes().vec();
   expected.erase(expected.begin() + 1);
   if (target.sizes() == at::IntArrayRef(expected)) return;
-  TORCH_CHECK(input.dim() != 4 || target.dim() == 3, a.op,
-              ": only batches of spatial targets supported (3D tensors) but got targets of dimension: ", target.dim(),
-              ". ", a.input_name, " of shape ", input.sizes(), " takes class indices of shape ",
-              at::IntArrayRef(expected));
-  TORCH_CHECK(false, a.op, ": size mismatch (got input: ", input.sizes(), " , target: ", target.sizes(),
-              "). Expected target size ", at::IntArrayRef(expected), ", got ", target.sizes(),
+  TORCH_CHECK(
+      input.dim() != 4 || target.dim() == 3, a.op,
+      ": only batches of spatial targets supported (3D tensors) but got targets of dimension: ", number(target.dim()),
+      ". ", a.input_name, " of shape ", list(input.sizes()), " takes class indices of shape ", list(expected));
+  TORCH_CHECK(false, a.op, ": size mismatch (got input: ", list(input.sizes()), " , target: ", list(target.sizes()),
+              "). Expected target size ", list(expected), ", got ", list(target.sizes()),
               "; the classes are dimension 1 of ", a.input_name);
 }
 
@@ -64,8 +66,8 @@ void check_weight(const LossArguments& a, bool probabilities) {
   // torch's four-dimensional loss looks at the number of elements alone.
   const bool any_shape = a.input.dim() == 4 && !probabilities;
   TORCH_CHECK(weight.numel() == classes && (any_shape || weight.dim() == 1), a.op,
-              ": weight tensor should be defined either for all ", classes,
-              " classes or no classes but got weight tensor of shape: ", weight.sizes());
+              ": weight tensor should be defined either for all ", number(classes),
+              " classes or no classes but got weight tensor of shape: ", list(weight.sizes()));
   if (probabilities) {
     TORCH_CHECK_NOT_IMPLEMENTED(!weight.is_complex(), a.op, ": weight must be real, but has dtype ",
                                 weight.scalar_type(), "; a complex loss has no gradient to descend");
@@ -82,9 +84,9 @@ void check_weight(const LossArguments& a, bool probabilities) {
 void check_devices(const LossArguments& a) {
   const auto check = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(t.device() == a.input.device(), a.op,
-                ": Expected all tensors to be on the same device, but found at least two devices, ", a.input.device(),
-                " (", a.input_name, ") and ", t.device(), " (", name, "); call ", name, ".to(", a.input_name,
-                ".device)");
+                ": Expected all tensors to be on the same device, but found at least two devices, ",
+                a.input.device().str(), " (", a.input_name, ") and ", t.device().str(), " (", name, "); call ", name,
+                ".to(", a.input_name, ".device)");
   };
   check("target", a.target);
   if (a.weight.has_value() && a.weight->defined()) check("weight", *a.weight);
@@ -153,9 +155,9 @@ void check_loss_arguments(const LossArguments& a) {
   TORCH_CHECK(
       !probabilities || at::isFloatingType(a.target.scalar_type()), a.op,
       ": Expected floating point type for target with class probabilities, got ", a.target.scalar_type(),
-      ". A target of the shape of ", a.input_name, " (", a.input.sizes(),
+      ". A target of the shape of ", a.input_name, " (", list(a.input.sizes()),
       ") holds class probabilities; class indices have no class dimension: for one-hot targets call target.argmax(",
-      a.input.dim() > 1 ? 1 : 0, ") or target.to(", a.input_name, ".dtype)");
+      a.input.dim() > 1 ? "1" : "0", ") or target.to(", a.input_name, ".dtype)");
   if (a.takes_probabilities) {  // torch's exception types: its log_softmax comes first there
     TORCH_CHECK_INDEX(a.input.dim() > 0, a.op, ": Dimension out of range: ", a.input_name,
                       " has no dimension, expected (C), (N, C) or (N, C, d1, ..., dk)");
@@ -170,12 +172,12 @@ void check_loss_arguments(const LossArguments& a) {
                 ": expected target dtype to be Long or Byte (or Int, Short, Char), but got ", a.target.scalar_type(),
                 ": target has dtype ", a.target.scalar_type(), " and the shape of class indices; call target.long()");
   }
-  TORCH_CHECK_VALUE(a.reduction >= 0 && a.reduction <= 2, a.op, ": ", a.reduction,
+  TORCH_CHECK_VALUE(a.reduction >= 0 && a.reduction <= 2, a.op, ": ", number(a.reduction),
                     " is not a valid value for reduction; the operator takes 0 (none), 1 (mean) or 2 (sum)");
   TORCH_CHECK(a.label_smoothing >= 0.0 && a.label_smoothing <= 1.0, a.op,
-              ": label_smoothing must be between 0.0 and 1.0. Got: ", a.label_smoothing);
+              ": label_smoothing must be between 0.0 and 1.0. Got: ", number(a.label_smoothing));
   TORCH_CHECK(!probabilities || a.ignore_index < 0, a.op,
-              ": ignore_index is not supported for floating point target, got ignore_index=", a.ignore_index,
+              ": ignore_index is not supported for floating point target, got ignore_index=", number(a.ignore_index),
               "; give the rows to ignore zero probabilities instead");
   check_weight(a, probabilities);
   check_devices(a);
@@ -188,41 +190,40 @@ void raise_bad_target(const char* op, at::IntArrayRef sizes, int64_t row, int64_
     position[d] = row % sizes[d];
     row /= sizes[d];
   }
-  std::ostringstream where;
-  where << "target";
-  for (size_t d = 0; d < position.size(); ++d) where << (d ? ", " : "[") << position[d];
-  if (!position.empty()) where << "]";
-  TORCH_CHECK_INDEX(false, op, ": Target ", value, " is out of bounds. ", where.str(), " is ", value,
-                    ", expected a class from 0 to ", classes - 1, " or ignore_index (", ignore_index, ")");
+  const std::string where = position.empty() ? "target" : "target" + list(position);
+  TORCH_CHECK_INDEX(false, op, ": Target ", number(value), " is out of bounds. ", where, " is ", number(value),
+                    ", expected a class from 0 to ", number(classes - 1), " or ignore_index (", number(ignore_index),
+                    ")");
 }
 
 void check_saved(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
                  const Tensor& input) {
   TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel && t.device() == input.device(), op, ": ", name,
-              " must have ", numel, " elements of dtype ", dtype, " on ", input.device(),
-              ", as the forward returns it, but got shape ", t.sizes(), " of dtype ", t.scalar_type(), " on ",
-              t.device());
+              " must have ", number(numel), " elements of dtype ", dtype, " on ", input.device().str(),
+              ", as the forward returns it, but got shape ", list(t.sizes()), " of dtype ", t.scalar_type(), " on ",
+              t.device().str());
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel, const Tensor& input) {
   TORCH_CHECK(at::isFloatingType(grad_output.scalar_type()) && grad_output.numel() == numel &&
                   grad_output.device() == input.device(),
-              op, ": grad_output must be floating point with ", numel, " elements (the loss has) on ", input.device(),
-              ", but got shape ", grad_output.sizes(), " of dtype ", grad_output.scalar_type(), " on ",
-              grad_output.device());
+              op, ": grad_output must be floating point with ", number(numel), " elements (the loss has) on ",
+              input.device().str(), ", but got shape ", list(grad_output.sizes()), " of dtype ",
+              grad_output.scalar_type(), " on ", grad_output.device().str());
 }
 
 void check_no_internal_overlap(const char* op, const char* name, const Tensor& t) {
   TORCH_CHECK(t.numel() == 0 || nested_strides(t), op, ": elements of ", name, " share memory with each other (shape ",
-              t.sizes(), ", strides ", t.strides(), "), so it cannot be written; call ", name, ".clone() first");
+              list(t.sizes()), ", strides ", list(t.strides()), "), so it cannot be written; call ", name,
+              ".clone() first");
 }
 
 void check_out(const char* op, const Tensor& out, const Tensor& input, const Tensor& target,
                const std::optional<Tensor>& weight) {
   TORCH_CHECK(
       out.sizes() == input.sizes() && out.scalar_type() == input.scalar_type() && out.device() == input.device(), op,
-      ": out must have shape ", input.sizes(), " and dtype ", input.scalar_type(), " on ", input.device(),
-      ", as logits has, but got ", out.sizes(), " and ", out.scalar_type(), " on ", out.device());
+      ": out must have shape ", list(input.sizes()), " and dtype ", input.scalar_type(), " on ", input.device().str(),
+      ", as logits has, but got ", list(out.sizes()), " and ", out.scalar_type(), " on ", out.device().str());
   check_no_internal_overlap(op, "out", out);
   const bool same = out.const_data_ptr() == input.const_data_ptr() && out.strides() == input.strides();
   const auto check = [&](const char* name, const Tensor& t) {
@@ -258,9 +259,9 @@ FloatType float_type(const char* op, const char* name, ScalarType dtype) {
 FloatType check_log_softmax_backward(const Tensor& grad_output, const Tensor& output) {
   TORCH_CHECK(grad_output.sizes() == output.sizes() && grad_output.scalar_type() == output.scalar_type() &&
                   grad_output.device() == output.device(),
-              "log_softmax: grad_output must have shape ", output.sizes(), " and dtype ", output.scalar_type(), " on ",
-              output.device(), ", but got ", grad_output.sizes(), " and ", grad_output.scalar_type(), " on ",
-              grad_output.device());
+              "log_softmax: grad_output must have shape ", list(output.sizes()), " and dtype ", output.scalar_type(),
+              " on ", output.device().str(), ", but got ", list(grad_output.sizes()), " and ",
+              grad_output.scalar_type(), " on ", grad_output.device().str());
   return float_type("log_softmax", "output", output.scalar_type());
 }
 

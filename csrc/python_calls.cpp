@@ -5,6 +5,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "message.h"
 #include "ops.h"
 
 namespace nllx {
@@ -15,7 +16,7 @@ namespace {
 class Arguments {
  public:
   Arguments(const char* op, PyObject* const* values, Py_ssize_t given, Py_ssize_t wanted) : op_(op), next_(values) {
-    TORCH_CHECK_TYPE(given == wanted, op, "() takes ", wanted, " arguments, but got ", given);
+    TORCH_CHECK_TYPE(given == wanted, op, "() takes ", number(wanted), " arguments, but got ", number(given));
   }
 
   const at::Tensor& tensor(const char* name) {

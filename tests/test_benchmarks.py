@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import random
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import measure, peak_memory, providers, report
+from benchmarks import measure, peak_memory, providers, report, timing
+from benchmarks.__main__ import Job, _jobs, main
 from benchmarks.byte_model import Speeds, Traffic, passes
 from benchmarks.memory import MemoryProbes
 from benchmarks.providers import Calls, Provider
 from benchmarks.record import Record, environment, load, save
-from benchmarks.shapes import CASES, UNLABELLED, Case, Inputs, make_inputs
-from benchmarks.timing import paired_ratio, summary, time_in_rounds
+from benchmarks.shapes import CASES, CUDA_CASES, UNLABELLED, Case, Inputs, make_inputs
+from benchmarks.timing import CudaTimer, Prepared, WallTimer, paired_ratio, summary, time_in_rounds
 
 CPU = torch.device("cpu")
 
@@ -34,7 +38,14 @@ CPU = torch.device("cpu")
 )
 def test_byte_model(case: Case, element_bytes: int, forward: Traffic, backward: Traffic) -> None:
     assert passes(case, element_bytes, "forward") == [forward]
+    assert passes(case, element_bytes, "backward") == [backward]
     assert passes(case, element_bytes, "forward+backward") == [forward, backward]
+
+
+def test_byte_model_of_both_at_once() -> None:
+    assert passes(Case("", "", (2, 3)), 4, "value_and_grad") == [Traffic(40, 24)]
+    with pytest.raises(ValueError, match="sideways"):
+        passes(Case("", "", (2, 3)), 4, "sideways")
 
 
 def test_floor() -> None:
@@ -88,6 +99,66 @@ def test_rounds() -> None:
     assert counts["slow"] > 12  # it was warmed up
 
 
+def test_what_is_prepared_is_not_timed() -> None:
+    prepared, called = [], []
+
+    def prepare() -> int:
+        time.sleep(0.02)
+        prepared.append(len(prepared))
+        return prepared[-1]
+
+    call = Prepared(prepare, called.append)
+    assert WallTimer(CPU)(call, 3) < 0.01
+    call()
+    assert prepared == called == [0, 1, 2, 3]
+
+
+class FakeEvent:
+    """A CUDA event on a clock that the calls move."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = FakeEvent.clock
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_cuda_timer(flush: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the flush nor what is prepared counts."""
+    log = []
+
+    class Buffer:
+        def zero_(self) -> None:
+            log.append("flush")
+            FakeEvent.clock += 100
+
+    def prepare() -> float:
+        log.append("prepare")
+        FakeEvent.clock += 10
+        return 2.0
+
+    def call(seconds: float = 1.0) -> None:
+        log.append("call")
+        FakeEvent.clock += seconds
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 16)
+    timer = CudaTimer(CPU, flush)
+    timer._buffer = Buffer()
+    assert timer(call, 3) == 1
+    assert log == (["flush", "call"] * 3 if flush else ["flush", "call", "call", "call"])
+    log.clear()
+    assert timer(Prepared(prepare, call), 2) == 2
+    assert log == ["prepare", *(["flush"] if flush else []), "call"] * 2
+
+
 def test_statistics() -> None:
     assert summary([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3, "q1": 2, "q3": 4, "n": 5}
     # One round is ten times slower for both: no ratio notices.
@@ -107,9 +178,58 @@ def test_error() -> None:
 
 
 def test_names_are_unique() -> None:
-    names = [case.name for case in CASES]
-    assert len(set(names)) == len(names)
-    assert all(case.origin for case in CASES)
+    for cases in (CASES, CUDA_CASES):
+        names = [case.name for case in cases]
+        assert len(set(names)) == len(names)
+        assert all(case.origin for case in cases)
+
+
+def test_jobs() -> None:
+    """What each device runs where the command line names no dtype."""
+
+    def jobs(device: str, **given: object) -> list[Job]:
+        options = {"quick": False, "only": None, "dtype": None, "compile": None, **given}
+        return _jobs(argparse.Namespace(device=torch.device(device), **options))
+
+    assert [job.name for job in jobs("cpu")] == [f"{case.name} float32" for case in CASES]
+    assert all(job.compiled for job in jobs("cpu"))
+    assert not any(job.compiled for job in jobs("cpu", quick=True))
+    assert len(jobs("cuda")) == 3 * len(CUDA_CASES)
+    quick = jobs("cuda", quick=True)
+    assert {job.dtype for job in quick} == {torch.bfloat16, torch.float32, torch.float16}
+    assert 0 < sum(job.compiled for job in quick) < 5
+    assert not any(job.compiled for job in jobs("cuda", quick=True, compile=False))
+    named = jobs("cuda", quick=True, dtype="float32", only=re.compile("^tiny"))
+    assert [job.name for job in named] == ["tiny-32x10 float32", "tiny-64x100 float32", "tiny-1x1000 float32"]
+
+
+def test_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.memory.MIB", 1 << 10)
+    monkeypatch.setattr("benchmarks.memory._cache_bytes", lambda device: 0)
+    path = tmp_path / "run.json"
+    words = [
+        "--only",
+        "^tiny-(32x10|1x1000)$",
+        "--rounds",
+        "2",
+        "--no-compile",
+        "--no-peak-memory",
+        "--json",
+        str(path),
+    ]
+    assert main([*words, "--budget", "0"]) == 0
+    assert load(path)["left_out"] == ["tiny-32x10 float32: no time left", "tiny-1x1000 float32: no time left"]
+    assert "left out: tiny-1x1000 float32: no time left" in capsys.readouterr().out
+    assert main([*words, "--budget", "1000", "--modes", ",".join(providers.MODES)]) == 0
+    record = load(path)
+    assert record["left_out"] == []
+    modes = [row["mode"] for row in record["rows"] if row["provider"] == "nllx" and row["case"] == "tiny-32x10"]
+    assert modes == list(providers.MODES)
+    last = record["rows"][-1]
+    assert (last["provider"], last["mode"], list(last["ratio"])) == ("nllx", "value_and_grad", ["torch"])
+    lines = report.summary_table(record).splitlines()
+    assert len(lines) == 1 + 2 * len(providers.MODES)
+    assert len(list(tmp_path.iterdir())) == 1  # nothing unfinished is left
 
 
 SMALL_CASES = pytest.mark.parametrize(
@@ -140,6 +260,41 @@ def test_reference_takes_torch_as_right(case: Case) -> None:
 
 
 @SMALL_CASES
+def test_every_mode_of_nllx(case: Case) -> None:
+    inputs = make_inputs(case, torch.float32, CPU)
+    (nllx,) = (provider for provider in providers.PROVIDERS if provider.name == providers.BASELINE)
+    calls = nllx.bind(nllx.load(CPU)[case.op], inputs)
+    errors = measure.Reference(case, inputs).errors(calls)
+    assert max(errors.values()) < 1e-5
+    assert ("value_and_grad" in errors) == (case.op == "cross_entropy")
+    assert "backward" in errors
+
+
+def test_a_function_that_overwrites_the_logits() -> None:
+    """It is checked on the logits of the case, which stay what they are."""
+
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, target):
+            loss = torch.nn.functional.cross_entropy(logits, target)
+            gradient = logits.softmax(1)
+            gradient[torch.arange(len(target)), target] -= 1
+            ctx.save_for_backward(logits.detach().copy_(gradient / len(target)))
+            return loss
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            return ctx.saved_tensors[0] * grad_output, None
+
+    case = Case("", "", (6, 5))
+    inputs = make_inputs(case, torch.float32, CPU)
+    logits = inputs.logits.clone()
+    calls = providers.bind_in_place(Overwriting.apply, inputs)
+    assert max(measure.Reference(case, inputs).errors(calls).values()) < 1e-5
+    assert torch.equal(inputs.logits, logits)
+
+
+@SMALL_CASES
 def test_jax_provider_is_right(case: Case) -> None:
     pytest.importorskip("jax")
     from benchmarks import jax_losses
@@ -160,6 +315,9 @@ class FakeProbes(MemoryProbes):
 
     def speeds(self, seconds: Mapping[str, float]) -> Speeds:
         return Speeds(1e9, 2e9)
+
+    def copy_speed(self, seconds: Mapping[str, float]) -> float:
+        return 2e9
 
     def summaries(self, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
         return {"read": summary([1e9 for _ in seconds["read"]])}
@@ -208,6 +366,7 @@ def run() -> Record:
         "memory": probes.summaries({"read": [1.0, 1.0]}),
         "rows": [],
         "absences": [],
+        "left_out": [],
     }
     for dtype in (torch.float32, torch.bfloat16):
         rows, absences = measure.measure(
@@ -221,7 +380,7 @@ def run() -> Record:
 def test_measure() -> None:
     record = run()
     modes = [(row["provider"], row["mode"]) for row in record["rows"][:4]]
-    assert modes == [(name, mode) for mode in measure.MODES for name in ("nllx", "other")]
+    assert modes == [(name, mode) for mode in providers.DEFAULT_MODES["cpu"] for name in ("nllx", "other")]
     found = [(absence["provider"], absence["kind"]) for absence in record["absences"]]
     assert found == [("wrong", "wrong"), ("broken", "failed"), ("partial", "absent")] * 2
 

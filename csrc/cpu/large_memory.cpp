@@ -9,6 +9,8 @@
 #include <mutex>
 #include <vector>
 
+#include "../message.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
@@ -60,7 +62,7 @@ class LargeMemory final : public c10::Allocator {
       release();
       block.data = map(bytes);
     }
-    TORCH_CHECK_WITH(OutOfMemoryError, block.data, "nllx: not enough memory: you tried to allocate ", requested,
+    TORCH_CHECK_WITH(OutOfMemoryError, block.data, "nllx: not enough memory: you tried to allocate ", number(requested),
                      " bytes.");
     {
       const std::lock_guard<std::mutex> lock(mutex_);

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "../message.h"
+
 namespace nllx {
 
 namespace {
@@ -31,7 +33,7 @@ bool synchronous() {
 
 BadTarget* bad_target_record() {
   const int device = c10::cuda::current_device();
-  TORCH_CHECK(device < kMostDevices, "nllx: more than ", kMostDevices, " GPUs");
+  TORCH_CHECK(device < kMostDevices, "nllx: more than ", number(kMostDevices), " GPUs");
   BadTarget* record = records[device].load(std::memory_order_acquire);
   if (record) return record;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -58,9 +60,9 @@ void raise_pending_bad_target() {
     record->ready = 0;
     std::atomic_thread_fence(std::memory_order_release);
     *const_cast<volatile int*>(&record->claimed) = 0;  // from here on the next one is recorded
-    TORCH_CHECK_INDEX(false, "nllx: Target ", bad.value, " is out of bounds. target.flatten()[", bad.row,
-                      "] of an earlier call is ", bad.value, ", expected a class from 0 to ", bad.classes - 1,
-                      " or ignore_index (", bad.ignore_index,
+    TORCH_CHECK_INDEX(false, "nllx: Target ", number(bad.value), " is out of bounds. target.flatten()[",
+                      number(bad.row), "] of an earlier call is ", number(bad.value), ", expected a class from 0 to ",
+                      number(bad.classes - 1), " or ignore_index (", number(bad.ignore_index),
                       "); its row got a NaN loss and a zero gradient. NLLX_SYNC_ERRORS=1 raises in the call itself");
   }
 }

@@ -1,98 +1,138 @@
-// The gradient of the logits: k (A exp((x - m) - log_sum) - a_c), in one read of the logits and one write.
+// The gradient of the logits from the statistics that the forward has saved, in one read of the logits and one write.
 #pragma once
 
-#include "targets.cuh"
+#include "cross_entropy_planes.cuh"
 
 namespace nllx {
 
-// What the gradient of a row needs, the same for all its classes.
-template <typename T>
-struct RowGradient {
-  using acc = typename AccOf<T>::type;
-  ClassTerms<T> terms;
-  bool has_terms, counts;
-  int64_t target;  // -1 for probabilities
-  acc target_term, k, ka;
-  RowStats<acc> stats;
-
-  __device__ __forceinline__ RowGradient(const CrossEntropyBackward& p, int64_t row, int64_t outer, int64_t inner,
-                                         const void* mass, bool reports, BadTarget* bad)
-      : terms(p.targets, p.extent.classes, outer, inner),
-        has_terms(nllx::has_terms(p.targets)),
-        counts(true),
-        target(-1),
-        target_term(0) {
-    acc a;
-    if (p.targets.index) {
-      const IndexTarget<acc> y = index_target<acc>(p.targets, p.extent.classes, row);
-      if (y.bad && reports) report_bad_target(bad, row, y.index, p.extent.classes, p.targets.ignore_index);
-      counts = y.counts;
-      target = y.index;
-      target_term = terms.scale * y.weight;
-      a = target_term;
-      if (has_terms) a += terms.uniform_mass(p.targets, p.extent.classes);
-    } else {
-      a = static_cast<const acc*>(mass)[row];
-    }
-    k = incoming_gradient<acc>(p.grad_output, p.grad_output_stride, p.total_weight, row);
-    ka = k * a;
-    stats = static_cast<const RowStats<acc>*>(p.row_stats)[row];
-  }
-
-  __device__ __forceinline__ acc operator()(acc x, int64_t c) const {
-    if (!counts) return acc(0);
-    acc g = ka * exp_acc((x - stats.max) - stats.log_sum);
-    acc a = has_terms ? terms(c) : acc(0);
-    if (c == target) a += target_term;
-    return a == acc(0) ? g : g - k * a;  // k may be infinite where the divisor of the mean is zero
-  }
-};
-
-// Unit of work: a row by `threads_per_row` threads. 16-byte reads, and 16-byte writes where gradient and logits are
-// equally aligned. Precondition: class stride 1. Plan: cuda_plan_streaming, CudaFamily::kBlockRows.
-template <typename T>
-__global__ void __launch_bounds__(256, 1)
-    cross_entropy_backward_rows_kernel(CrossEntropyBackward p, int threads_per_row, const void* mass, BadTarget* bad) {
-  const int t = threadIdx.x % threads_per_row;
-  const int64_t rows_per_block = blockDim.x / threads_per_row, rows = p.extent.rows();
-  for (int64_t row = blockIdx.x * rows_per_block + threadIdx.x / threads_per_row; row < rows;
-       row += gridDim.x * rows_per_block) {
-    const int64_t outer = row / p.extent.inner, inner = row - outer * p.extent.inner;
+// Unit of work: a row by `threads_per_row` threads, or a part of one by each of `splits` blocks. 16-byte reads at any
+// alignment, kVectorsAtOnce of a thread in flight, and 16-byte writes where gradient and logits are equally aligned.
+// Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kBackward.
+template <typename T, bool kTerms>
+__global__ void __launch_bounds__(256, sizeof(T) == 8 || kTerms ? 2
+                                       : sizeof(T) == 2         ? 3
+                                                                : 4)
+    cross_entropy_backward_rows_kernel(CrossEntropyBackward p, int threads_per_row, int splits, const void* mass,
+                                       BadTarget* bad) {
+  constexpr int kSize = Vector<T>::kSize, kAtOnce = kTerms || sizeof(T) == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
+  const int t = threadIdx.x % threads_per_row, rows_at_once = blockDim.x / threads_per_row;
+  const int64_t rows = p.extent.rows(), units = (rows + rows_at_once - 1) / rows_at_once * splits;
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const int64_t group = splits == 1 ? unit : unit / splits;
+    const int part = static_cast<int>(unit - group * splits);
+    const int64_t row = group * rows_at_once + threadIdx.x / threads_per_row;
+    if (row >= rows) continue;
+    int64_t outer, inner;
+    split_row(p.extent, row, outer, inner);
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
-    const RowGradient<T> gradient(p, row, outer, inner, mass, t == 0, bad);
-    const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(grad) % 16;
-    for_classes(
-        x, p.extent.classes, t, threads_per_row, [&](int64_t c) { grad[c] = from_acc<T>(gradient(to_acc(x[c]), c)); },
-        [&](int64_t c, const Vector<T>& v) {
-          Vector<T> g;
+    const RowGradient<T> gradient = saved_row_gradient<T>(p, row, outer, inner, mass, t == 0 && part == 0, bad, kTerms);
+    const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
+    const RowPart mine(p.extent.classes, splits, part, kSize);
+    const int64_t n = mine.end - mine.begin;
+    x += mine.begin;
+    grad += mine.begin;
+    for_classes<T, kAtOnce, false>(
+        x, n, t, threads_per_row, [&](int64_t c) { grad[c] = from_acc<T>(gradient(to_acc(x[c]), mine.begin + c)); },
+        [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
-          for (int i = 0; i < Vector<T>::kSize; ++i) g.values[i] = from_acc<T>(gradient(to_acc(v.values[i]), c + i));
-          if (aligned) {
-            *reinterpret_cast<Vector<T>*>(grad + c) = g;
-          } else {
-#pragma unroll
-            for (int i = 0; i < Vector<T>::kSize; ++i) grad[c + i] = g.values[i];
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int64_t at = c + j * step;
+            if (at < tail) store_vector(grad, at, n, gradient(vectors[j], mine.begin + at), aligned);
           }
         });
   }
 }
 
-// Unit of work: a tile of blockDim neighbouring rows of one plane, a thread each. Precondition: inner stride 1.
-// Plan: CudaFamily::kPlanes.
-template <typename T>
-__global__ void __launch_bounds__(256, 1)
-    cross_entropy_backward_planes_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
-  const int64_t tiles = (p.extent.inner + blockDim.x - 1) / blockDim.x;
-  for (int64_t tile = blockIdx.x; tile < p.extent.outer * tiles; tile += gridDim.x) {
-    const int64_t outer = tile / tiles, inner = (tile - outer * tiles) * blockDim.x + threadIdx.x;
+// Unit of work: kTileThreads neighbouring rows by a block, a thread each, in shared memory. Preconditions: dense rows,
+// of logits and gradient, of at most kMost classes. Plan: CudaFamily::kTileRows.
+template <typename T, int kMost>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 3
+                                                : kMost > 16   ? 6
+                                                               : 8)
+    cross_entropy_backward_tile_rows_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
+  SHARED_ARRAY(Vector<T>, tile, kTileThreads * kMost / Vector<T>::kSize + 1);
+  const int classes = static_cast<int>(p.extent.classes);
+  const int64_t rows = p.extent.rows();
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTileThreads; first < rows;
+       first += static_cast<int64_t>(gridDim.x) * kTileThreads) {
+    const int64_t row = first + threadIdx.x;
+    const int n = static_cast<int>(rows - first < kTileThreads ? rows - first : kTileThreads) * classes;
+    const T* logits = static_cast<const T*>(p.logits) + first * classes;
+    const int past = elements_past_boundary(logits);
+    __syncthreads();  // the tile before may still be read
+    load_tile(logits, n, tile);
+    __syncthreads();  // the tile is there
+    if (row < rows) {
+      int64_t outer, inner;
+      split_row(p.extent, row, outer, inner);
+      const RowGradient<T> gradient =
+          saved_row_gradient<T>(p, row, outer, inner, mass, true, bad, has_terms(p.targets));
+      T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
+      const TileRow<T, kMost> values(x, classes);
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        const int c = values.class_of(i, classes);
+        if (i < classes) x[c] = from_acc<T>(gradient(values.values[i], c));
+      }
+    }
+    __syncthreads();  // the gradient is there
+    store_tile(static_cast<T*>(p.grad_logits) + first * classes, n, tile, past);
+  }
+}
+
+// Unit of work: a tile of neighbouring rows of one plane, kRows to a thread; threads beyond `side` take every so many
+// classes. Preconditions as cross_entropy_planes_kernel's, for logits and gradient. Plan: CudaFamily::kPlanes.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kPlaneThreads, kRows == 1 ? 3 : 2)
+    cross_entropy_backward_planes_kernel(CrossEntropyBackward p, int side, const void* mass, BadTarget* bad) {
+  constexpr int kAtOnce = 8;
+  const PlaneTile where(p.extent, side, kRows);
+  for (int64_t tile = blockIdx.x; tile < where.tiles; tile += gridDim.x) {
+    int64_t outer, inner;
+    where.locate(tile, kRows, outer, inner);
     if (inner >= p.extent.inner) continue;
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner;
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner;
-    const RowGradient<T> gradient(p, outer * p.extent.inner + inner, outer, inner, mass, true, bad);
+    const int64_t row = outer * p.extent.inner + inner;
+    using acc = typename AccOf<T>::type;
+    if (kRows == 1) {
+      const RowGradient<T> gradient =
+          saved_row_gradient<T>(p, row, outer, inner, mass, where.part == 0, bad, has_terms(p.targets));
 #pragma unroll 4
-    for (int64_t c = 0; c < p.extent.classes; ++c) {
-      grad[c * p.grad_strides.classes] = from_acc<T>(gradient(to_acc(x[c * p.logits_strides.classes]), c));
+      for (int64_t c = where.part; c < p.extent.classes; c += where.parts) {
+        grad[c * p.grad_strides.classes] = from_acc<T>(gradient(to_acc(x[c * p.logits_strides.classes]), c));
+      }
+    } else {  // index targets without smoothing: what differs between the rows, in registers
+      acc max[kRows], ka[kRows], target_term[kRows];
+      int64_t target[kRows];
+      unsigned counting = 0;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const RowGradient<T> gradient = saved_row_gradient<T>(p, row + i, outer, inner + i, mass, true, bad, false);
+        max[i] = gradient.max;
+        ka[i] = gradient.ka;
+        counting |= static_cast<unsigned>(gradient.counts) << i;
+        target_term[i] = gradient.k * gradient.target_term;
+        // A weight of zero: k may be infinite.
+        target[i] = gradient.counts && gradient.target_term != acc(0) ? gradient.target : -1;
+      }
+      for (int64_t start = 0; start < p.extent.classes; start += kAtOnce) {
+        Neighbours<T, kRows> v[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          if (start + j < p.extent.classes)
+            v[j] = Neighbours<T, kRows>::load(x + (start + j) * p.logits_strides.classes);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (start + j >= p.extent.classes) break;
+          store_neighbours<T, kRows>(grad + (start + j) * p.grad_strides.classes, [&](int i) {
+            acc g = ka[i] * exp_of_many(v[j][i] - max[i]);
+            if (start + j == target[i]) g -= target_term[i];
+            return counting >> i & 1 ? g : acc(0);
+          });
+        }
+      }
     }
   }
 }
@@ -110,8 +150,9 @@ __global__ void __launch_bounds__(512, 1)
     const int64_t row = first + threadIdx.x / threads_per_row;
     acc sum = 0;
     if (row < rows) {
-      const int64_t outer = row / extent.inner;
-      const ClassTerms<T> terms(targets, extent.classes, outer, row - outer * extent.inner);
+      int64_t outer, inner;
+      split_row(extent, row, outer, inner);
+      const ClassTerms<T> terms(targets, extent.classes, outer, inner);
       for (int64_t c = t; c < extent.classes; c += threads_per_row) sum += terms(c);
     }
     sum = threads_per_row <= 32 ? sum_in_warp(sum, threads_per_row) : sum_in_block(sum, scratch);

@@ -1,6 +1,8 @@
 // From a FloatType to the element type of a kernel.
 #pragma once
 
+#include <type_traits>
+
 #include "elements.cuh"
 
 namespace nllx {
@@ -21,6 +23,26 @@ void with_element_type(FloatType type, Body body) {
       return body(TypeTag<__nv_bfloat16>());
     case FloatType::kFloat16:
       return body(TypeTag<__half>());
+  }
+}
+
+// One instantiation with coefficients of the classes and one without, which needs half of the registers.
+template <typename Body>
+void with_terms(const Targets& t, Body body) {
+  if (t.probabilities != nullptr || t.label_smoothing > 0) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
+}
+
+// The instantiation of a tile's kernel with room for so many classes.
+template <typename T, typename Body>
+void with_most_classes(int64_t classes, Body body) {
+  if (classes <= 16 || most_tile_classes(sizeof(T)) <= 16) {
+    body(std::integral_constant<int, 16>());
+  } else {
+    body(std::integral_constant<int, most_tile_classes(sizeof(T))>());
   }
 }
 

@@ -4,6 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <string.h>
+
+#include <type_traits>
 
 #include "../online_softmax.h"
 #include "cuda_launch.h"
@@ -33,34 +36,263 @@ __device__ __forceinline__ T from_acc(acc v) {
   return FromAcc<T>::convert(v);
 }
 
-// 16 bytes of elements. Declared so that one load or store instruction moves them.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // not the NaN of two
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
+// Two half elements in a word: packed, the larger of each, and one of them. Written so that nvcc makes one instruction
+// of each.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+  uint32_t word = 0;
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+    return word;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+    return word;
+  }
+#endif
+  if constexpr (sizeof(T) == 2) {
+    const T halves[2] = {from_acc<T>(low), from_acc<T>(high)};
+    memcpy(&word, halves, 4);
+  }
+  return word;
+}
+template <typename T>
+__device__ __forceinline__ float half_of(uint32_t word, int i) {
+  if constexpr (sizeof(T) == 2) {
+    const uint16_t bits = static_cast<uint16_t>(i == 0 ? word : word >> 16);
+    T half;
+    memcpy(&half, &bits, 2);
+    return to_acc(half);
+  }
+  return 0;
+}
+__device__ __forceinline__ float half_of_word(uint32_t word, int i) { return half_of<__half>(word, i); }
+template <typename T>
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmax2(x, y);
+  uint32_t word;
+  memcpy(&word, &x, 4);
+  return word;
+#else
+  const auto of = [&](int i) { return larger(half_of<T>(a, i), half_of<T>(b, i)); };
+  return pack_halves<T>(of(0), of(1));
+#endif
+}
+template <typename T>
+constexpr uint32_t kMinusInfinityWord = 0xff800000u;  // float
+template <>
+inline constexpr uint32_t kMinusInfinityWord<double> = 0xfff00000u;  // the upper word
+template <>
+inline constexpr uint32_t kMinusInfinityWord<__nv_bfloat16> = 0xff80ff80u;
+template <>
+inline constexpr uint32_t kMinusInfinityWord<__half> = 0xfc00fc00u;
+
+// exp of a number that is not positive, where a sum or a gradient needs many: by the hardware's power of two, which
+// errs by two units in the last place. expf errs by one, and takes three times the instructions, which kernels that are
+// to run as fast as memory do not have.
+__device__ __forceinline__ float exp_of_many(float x) { return exp2_approximate(x * 1.44269504f); }
+__device__ __forceinline__ double exp_of_many(double x) { return exp(x); }
+
+// 16 bytes of elements, moved by one instruction and kept as they came: as 32-bit words, not as elements, since two
+// half elements would take two registers. Elements are unpacked where they are used.
 template <typename T>
 struct alignas(16) Vector {
+  using acc = typename AccOf<T>::type;
   static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-  T values[kSize];
+  uint32_t words[4];
+
+  static __device__ __forceinline__ Vector load(const void* p) {
+    const uint4 bits = *static_cast<const uint4*>(p);
+    return {{bits.x, bits.y, bits.z, bits.w}};
+  }
+  __device__ __forceinline__ void store(void* p) const {
+    *static_cast<uint4*>(p) = uint4{words[0], words[1], words[2], words[3]};
+  }
+
+  // Element i, as it is.
+  __device__ __forceinline__ T element(int i) const {
+    T value;
+    memcpy(&value, reinterpret_cast<const char*>(words) + i * sizeof(T), sizeof(T));
+    return value;
+  }
+  __device__ __forceinline__ void set_element(int i, T value) {
+    memcpy(reinterpret_cast<char*>(words) + i * sizeof(T), &value, sizeof(T));
+  }
+  __device__ __forceinline__ acc operator[](int i) const { return unpack(words, i, static_cast<T*>(nullptr)); }
+
+  // The vector of value(0), value(1), ..., rounded.
+  template <typename Value>
+  static __device__ __forceinline__ Vector of(Value value) {
+    Vector v;
+    if (sizeof(T) == 2) {
+#pragma unroll
+      for (int i = 0; i < kSize; i += 2)
+        v.words[i / 2] = pack_halves<T>(static_cast<float>(value(i)), static_cast<float>(value(i + 1)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v.set_element(i, from_acc<T>(static_cast<acc>(value(i))));
+    }
+    return v;
+  }
+  static __device__ __forceinline__ Vector minus_infinities() {
+    constexpr uint32_t kWord = kMinusInfinityWord<T>;
+    return {{sizeof(T) == 8 ? 0 : kWord, kWord, sizeof(T) == 8 ? 0 : kWord, kWord}};
+  }
+
+ private:
+  static __device__ __forceinline__ float as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, float*) { return as_float(w[i]); }
+  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, __nv_bfloat16*) {
+    return as_float(i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u);
+  }
+  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, __half*) {
+    return half_of_word(w[i / 2], i % 2);
+  }
+  static __device__ __forceinline__ double unpack(const uint32_t* w, int i, double*) {
+    double d;
+    memcpy(&d, w + 2 * i, 8);
+    return d;
+  }
 };
 
-// Elements from `p` on up to the first that is 16-byte aligned.
+// The largest element, not NaN if there is a number.
 template <typename T>
-__device__ __forceinline__ int64_t elements_to_alignment(const T* p, int64_t n) {
-  const int64_t head = static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T));
-  return head < n ? head : n;
+__device__ __forceinline__ typename AccOf<T>::type largest_of(const Vector<T>& v) {
+  typename AccOf<T>::type m = v[0];
+#pragma unroll
+  for (int i = 1; i < Vector<T>::kSize; ++i) m = larger(m, v[i]);
+  return m;
+}
+// Of two vectors element by element; half types in pairs, before they are converted.
+template <typename T>
+__device__ __forceinline__ Vector<T> larger(const Vector<T>& a, const Vector<T>& b) {
+  Vector<T> m;
+  if (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m.words[i] = larger_halves<T>(a.words[i], b.words[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i)
+      m.set_element(i, from_acc<T>(static_cast<typename AccOf<T>::type>(larger(a[i], b[i]))));
+  }
+  return m;
 }
 
-// Calls one(c) or many(c, vector) for the classes of a row that thread `t` of `threads` takes: single ones up to the
-// first aligned address and after the last whole vector, vectors between, so that a row of any alignment is read in 16
-// bytes.
-template <typename T, typename One, typename Many>
+template <typename T>
+__device__ __forceinline__ T minus_infinity_of() {
+  return from_acc<T>(-static_cast<typename AccOf<T>::type>(__builtin_inff()));
+}
+
+// Elements by which `p` lies past a 16-byte boundary.
+template <typename T>
+__device__ __forceinline__ int elements_past_boundary(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+}
+
+// The elements [c, c + kSize) of a row of n, which lie at a 16-byte boundary: -inf where the row has none. No memory
+// outside of the row is read. Index: int where it is enough, which takes half of the registers.
+template <typename T, typename Index>
+__device__ __forceinline__ Vector<T> load_vector(const T* row, Index c, Index n) {
+  if (c >= 0 && c + Vector<T>::kSize <= n) return Vector<T>::load(row + c);
+  Vector<T> v = Vector<T>::minus_infinities();
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    if (c + i >= 0 && c + i < n) v.set_element(i, row[c + i]);
+  }
+  return v;
+}
+
+// The reverse; `aligned`: the elements lie at a 16-byte boundary.
+template <typename T, typename Index>
+__device__ __forceinline__ void store_vector(T* row, Index c, Index n, const Vector<T>& v, bool aligned) {
+  if (aligned && c >= 0 && c + Vector<T>::kSize <= n) {
+    v.store(row + c);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    if (c + i >= 0 && c + i < n) row[c + i] = v.element(i);
+  }
+}
+
+// kCount vectors, `step` elements apart, of the whole vectors of a row, which end at `tail`: -inf beyond.
+template <typename T, int kCount>
+struct Batch {
+  Vector<T> vectors[kCount];
+  __device__ __forceinline__ void load(const T* row, int64_t c, int step, int64_t tail) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      vectors[j] = c + j * step < tail ? Vector<T>::load(row + c + j * step) : Vector<T>::minus_infinities();
+    }
+  }
+};
+
+// How a row of any alignment is read in 16 bytes by `threads` threads: single elements up to the first aligned address
+// and after the last whole vector, vectors between.
+template <typename T>
+struct RowVectors {
+  int64_t head, tail;  // the whole vectors lie between
+  __device__ __forceinline__ RowVectors(const T* row, int64_t classes) {
+    constexpr int kSize = Vector<T>::kSize;
+    const int past = elements_past_boundary(row);
+    const int64_t until = past == 0 ? 0 : kSize - past;
+    head = until < classes ? until : classes;
+    tail = head + (classes - head) / kSize * kSize;
+  }
+};
+
+// Calls one(c) for the single elements that thread `t` takes, and batch(c, step, tail, vectors) for its vectors, kCount
+// at a time: those at c, c + step, ... that begin before `tail`. With kAhead a batch is loaded before the one before is
+// worked on.
+template <typename T, int kCount, bool kAhead, typename One, typename Many>
 __device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, One one, Many many) {
   constexpr int kSize = Vector<T>::kSize;
-  const int64_t head = elements_to_alignment(row, classes);
-  const int64_t body = (classes - head) / kSize, tail = head + body * kSize;
-  for (int64_t c = t; c < head; c += threads) one(c);
-  for (int64_t v = t; v < body; v += threads) {
-    const int64_t c = head + v * kSize;
-    many(c, *reinterpret_cast<const Vector<T>*>(row + c));
+  const RowVectors<T> part(row, classes);
+  const int step = threads * kSize;
+  int64_t c = part.head + static_cast<int64_t>(t) * kSize;
+  Batch<T, kCount> now;
+  if (kAhead) {
+    now.load(row, c, step, part.tail);
+    while (c < part.tail) {
+      Batch<T, kCount> next;
+      next.load(row, c + kCount * step, step, part.tail);
+      many(c, step, part.tail, now.vectors);
+      now = next;
+      c += kCount * step;
+    }
+  } else {
+    for (; c < part.tail; c += kCount * step) {
+      now.load(row, c, step, part.tail);
+      many(c, step, part.tail, now.vectors);
+    }
   }
-  for (int64_t c = tail + t; c < classes; c += threads) one(c);
+  for (c = t; c < part.head; c += threads) one(c);
+  for (c = part.tail + t; c < classes; c += threads) one(c);
+}
+
+// Row r of an extent as its outer and inner index, without a division where there is nothing to divide.
+__device__ __forceinline__ void split_row(const Extent& extent, int64_t row, int64_t& outer, int64_t& inner) {
+  if (extent.inner == 1) {
+    outer = row;
+    inner = 0;
+  } else {
+    outer = row / extent.inner;
+    inner = row - outer * extent.inner;
+  }
 }
 
 }  // namespace nllx

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../problem.h"
+#include "plan.h"
 
 namespace nllx {
 
@@ -15,30 +16,46 @@ struct BadTarget {
   long long row, value, classes, ignore_index;
 };
 
-// What the forward launches need beside the problem.
+// Where the forward launches leave the loss, and what they need to add it up in one launch: each chunk of rows (see
+// plan.h) writes one partial sum, and the last block to finish adds them in fixed order.
 struct LossReduction {
   Reduction reduction = Reduction::kMean;
   bool loss_is_acc = false;
-  void* loss = nullptr;          // one number, or none for Reduction::kNone
-  void* total_weight = nullptr;  // acc
-  double* partials = nullptr;    // 2 * loss_partials(rows)
+  void* loss = nullptr;          // one number; not written for Reduction::kNone
+  void* total_weight = nullptr;  // acc: the divisor of a mean
+  double* partials = nullptr;    // as many numbers as the workspace says
+  unsigned* counters = nullptr;  // kCounters zeros, and zeros again afterwards; of one launch at a time
+  void* row_parts = nullptr;     // as the workspace says: the states of rows that several blocks share
+  void* divisor = nullptr;       // an acc, for value_and_grad: the divisor, before the losses are known
 };
-// The rows of a loss are added in fixed groups, one block each, and the groups by one block: the result does not depend
-// on the device.
-constexpr int64_t kRowsPerPartial = 4096;
-constexpr int64_t loss_partials(int64_t rows) { return (rows + kRowsPerPartial - 1) / kRowsPerPartial; }
+constexpr int kCounters = 1 + kMostSplitRows;
 
-cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, FloatType type, BadTarget* bad,
-                                         cudaStream_t stream);
+// What the workspaces of a launch have to hold.
+struct LossWorkspace {
+  int64_t partials = 0, row_part_bytes = 0;
+  bool counters = false;
+};
+LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, const CrossEntropyBackward* gradient,
+                                      FloatType type, const CudaDevice& device);
+LossWorkspace nll_loss_workspace(const NllLossForward& p);
+
+cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const LossReduction& r, FloatType type,
+                                         const CudaDevice& device, BadTarget* bad, cudaStream_t stream);
 // `mass`: workspace of rows() acc; used for probabilities only.
-cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatType type, void* mass, BadTarget* bad,
-                                          cudaStream_t stream);
-cudaError_t launch_nll_loss_forward(const NllLossForward& p, FloatType type, BadTarget* bad, cudaStream_t stream);
-cudaError_t launch_nll_loss_backward(const NllLossBackward& p, FloatType type, BadTarget* bad, cudaStream_t stream);
-cudaError_t launch_loss_reduction(const LossReduction& r, const Extent& extent, const Targets& targets,
-                                  const void* row_loss, bool row_loss_is_acc, FloatType type, cudaStream_t stream);
-cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType type, cudaStream_t stream);
-cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType type, cudaStream_t stream);
+cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatType type, const CudaDevice& device,
+                                          void* mass, BadTarget* bad, cudaStream_t stream);
+// The loss and its gradient, which may lie where the logits do. The logits are read once, where the row fits the chip.
+cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, const CrossEntropyBackward& gradient,
+                                                const LossReduction& r, FloatType type, const CudaDevice& device,
+                                                void* mass, BadTarget* bad, cudaStream_t stream);
+cudaError_t launch_nll_loss_forward(const NllLossForward& p, const LossReduction& r, FloatType type, BadTarget* bad,
+                                    cudaStream_t stream);
+cudaError_t launch_nll_loss_backward(const NllLossBackward& p, FloatType type, const CudaDevice& device, BadTarget* bad,
+                                     cudaStream_t stream);
+cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType type, const CudaDevice& device,
+                                       cudaStream_t stream);
+cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType type, const CudaDevice& device,
+                                        cudaStream_t stream);
 cudaError_t launch_checked_target(const void* target, IndexType type, int64_t n, int64_t classes, int64_t ignore_index,
                                   int64_t* out, BadTarget* bad, cudaStream_t stream);
 

@@ -4,28 +4,46 @@
 
 namespace nllx {
 
-cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatType type, void* mass, BadTarget* bad,
-                                          cudaStream_t stream) {
+namespace {
+
+// The sums over probabilities: a warp for a row, or a block.
+constexpr int kMassThreads = 256;
+
+}  // namespace
+
+cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatType type, const CudaDevice& device,
+                                          void* mass, BadTarget* bad, cudaStream_t stream) {
+  const CudaPlan plan = cuda_plan(CudaOp::kBackward, cuda_problem(p, type), device);
+  const dim3 grid = grid_of(plan.chunks * plan.splits), block = block_of(plan.threads);
+  const void* read_mass = mass;
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (p.targets.probabilities) {
-      const CudaPlan plan = cuda_plan_rows(p.extent, p.layout);
-      const dim3 grid = grid_of(plan.blocks), block = block_of(plan.threads);
-      if (plan.family == CudaFamily::kPlanes) {
-        CUDA_LAUNCH((probability_mass_planes_kernel<T>), grid, block, 0, stream, p.extent, p.targets, mass);
-      } else {
-        CUDA_LAUNCH((probability_mass_rows_kernel<T>), grid, block, 0, stream, p.extent, p.targets,
-                    plan.threads_per_row, mass);
-      }
+    if (p.targets.probabilities && plan.family == CudaFamily::kPlanes) {
+      const int64_t tiles = (p.extent.inner + kMassThreads - 1) / kMassThreads;
+      CUDA_LAUNCH((probability_mass_planes_kernel<T>), grid_of(p.extent.outer * tiles), block_of(kMassThreads), 0,
+                  stream, p.extent, p.targets, mass);
+    } else if (p.targets.probabilities) {
+      const int per_row = p.extent.classes > 1024 ? kMassThreads : 32;
+      const int64_t rows_at_once = kMassThreads / per_row;
+      CUDA_LAUNCH((probability_mass_rows_kernel<T>), grid_of((p.extent.rows() + rows_at_once - 1) / rows_at_once),
+                  block_of(kMassThreads), 0, stream, p.extent, p.targets, per_row, mass);
     }
-    const CudaPlan plan = cuda_plan_streaming(p.extent, p.layout, static_cast<int>(sizeof(T)));
-    const dim3 grid = grid_of(plan.blocks), block = block_of(plan.threads);
-    const void* read_mass = mass;
-    if (plan.family == CudaFamily::kPlanes) {
-      CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T>), grid, block, 0, stream, p, read_mass, bad);
+    if (plan.family == CudaFamily::kTileRows) {
+      with_most_classes<T>(p.extent.classes, [&](auto most) {
+        CUDA_LAUNCH((cross_entropy_backward_tile_rows_kernel<T, decltype(most)::value>), grid, block, 0, stream, p,
+                    read_mass, bad);
+      });
+    } else if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
+      CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T, kNeighbours<T>>), grid, block, 0, stream, p,
+                  plan.threads_per_row, read_mass, bad);
+    } else if (plan.family == CudaFamily::kPlanes) {
+      CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T, 1>), grid, block, 0, stream, p, plan.threads_per_row,
+                  read_mass, bad);
     } else {
-      CUDA_LAUNCH((cross_entropy_backward_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row, read_mass,
-                  bad);
+      with_terms(p.targets, [&](auto terms) {
+        CUDA_LAUNCH((cross_entropy_backward_rows_kernel<T, decltype(terms)::value>), grid, block, 0, stream, p,
+                    plan.threads_per_row, plan.splits, read_mass, bad);
+      });
     }
   });
   return cudaGetLastError();

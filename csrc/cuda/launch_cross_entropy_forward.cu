@@ -1,32 +1,122 @@
-#include "cross_entropy_forward.cuh"
+#include "cross_entropy_planes.cuh"
 #include "dispatch.cuh"
 #include "plan.h"
 
 namespace nllx {
 
-cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, FloatType type, BadTarget* bad,
-                                         cudaStream_t stream) {
-  const CudaPlan plan = cuda_plan_reduction(p.extent, p.layout);
-  const dim3 grid = grid_of(plan.blocks), block = block_of(plan.threads);
+namespace {
+
+// How the divisor is summed before the losses are known. Its partial sums are overwritten by those of the losses.
+LossReduction divisor_of(const LossReduction& r, void* divisor) {
+  LossReduction only = r;
+  only.reduction = Reduction::kNone;
+  only.loss = nullptr;
+  only.total_weight = divisor;
+  return only;
+}
+
+int64_t divisor_chunks(int64_t rows) { return (rows + kDivisorRowsPerChunk - 1) / kDivisorRowsPerChunk; }
+
+// Whether the gradient comes from the kernel of the forward: not where threads do not keep what they read (planes),
+// where a row is split over blocks, or too long to be kept.
+bool gradient_in_forward(const CudaPlan& plan, const CudaPlan& forward) {
+  return plan.family != CudaFamily::kPlanes && forward.splits == 1 &&
+         (plan.family != CudaFamily::kBlockRows || plan.shared_bytes > 0);
+}
+
+}  // namespace
+
+LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, const CrossEntropyBackward* gradient,
+                                      FloatType type, const CudaDevice& device) {
+  const CudaProblem problem = cuda_problem(p, gradient, type);
+  const CudaPlan plan = cuda_plan(op, problem, device), forward = cuda_plan(CudaOp::kForward, problem, device);
+  LossWorkspace w;
+  int64_t chunks = plan.chunks > forward.chunks ? plan.chunks : forward.chunks;
+  if (gradient && divisor_chunks(p.extent.rows()) > chunks) chunks = divisor_chunks(p.extent.rows());
+  if (chunks > 1) w.partials = 2 * chunks;
+  const int acc_bytes = type == FloatType::kFloat64 ? 8 : 4;
+  if (forward.splits > 1) w.row_part_bytes = p.extent.rows() * forward.splits * 4 * acc_bytes;
+  w.counters = chunks > 1 || forward.splits > 1;
+  return w;
+}
+
+cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const LossReduction& r, FloatType type,
+                                         const CudaDevice& device, BadTarget* bad, cudaStream_t stream) {
+  const CudaPlan plan = cuda_plan(CudaOp::kForward, cuda_problem(p, nullptr, type), device);
+  const dim3 grid = grid_of(plan.chunks * plan.splits), block = block_of(plan.threads);
+  const CrossEntropyBackward none;
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (plan.family == CudaFamily::kPlanes) {
-      CUDA_LAUNCH((cross_entropy_forward_planes_kernel<T>), grid, block, 0, stream, p, bad);
-    } else if (plan.family == CudaFamily::kBlockRows) {
-      CUDA_LAUNCH((cross_entropy_forward_block_rows_kernel<T>), grid, block, 0, stream, p, bad);
-    } else if (plan.values_per_thread == 1) {
-      CUDA_LAUNCH((cross_entropy_forward_register_rows_kernel<T, 1>), grid, block, 0, stream, p, plan.threads_per_row,
-                  bad);
-    } else if (plan.values_per_thread == 2) {
-      CUDA_LAUNCH((cross_entropy_forward_register_rows_kernel<T, 2>), grid, block, 0, stream, p, plan.threads_per_row,
-                  bad);
-    } else if (plan.values_per_thread == 4) {
-      CUDA_LAUNCH((cross_entropy_forward_register_rows_kernel<T, 4>), grid, block, 0, stream, p, plan.threads_per_row,
-                  bad);
-    } else {
-      CUDA_LAUNCH((cross_entropy_forward_register_rows_kernel<T, 8>), grid, block, 0, stream, p, plan.threads_per_row,
-                  bad);
+    if (plan.family == CudaFamily::kTileRows) {
+      with_most_classes<T>(p.extent.classes, [&](auto most) {
+        CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T, decltype(most)::value>), grid, block, 0, stream, p, none, r,
+                    plan.rows_per_chunk, bad);
+      });
+      return;
     }
+    if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
+      CUDA_LAUNCH((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), grid, block, 0, stream, p, r,
+                  plan.threads_per_row, plan.rows_per_chunk, bad);
+      return;
+    }
+    with_terms(p.targets, [&](auto terms) {
+      constexpr bool kTerms = decltype(terms)::value;
+      if (plan.family == CudaFamily::kPlanes) {
+        CUDA_LAUNCH((cross_entropy_planes_kernel<T, 1, kTerms>), grid, block, 0, stream, p, r, plan.threads_per_row,
+                    plan.rows_per_chunk, bad);
+      } else if (plan.family == CudaFamily::kRegisterRows) {
+        CUDA_LAUNCH((cross_entropy_register_rows_kernel<T, kTerms, false>), grid, block, 0, stream, p, none, r,
+                    plan.threads_per_row, plan.rows_per_chunk, bad);
+      } else {
+        CUDA_LAUNCH((cross_entropy_block_rows_kernel<T, kTerms>), grid, block, 0, stream, p, r, plan.splits,
+                    plan.rows_per_chunk, bad);
+      }
+    });
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, const CrossEntropyBackward& gradient,
+                                                const LossReduction& r, FloatType type, const CudaDevice& device,
+                                                void* mass, BadTarget* bad, cudaStream_t stream) {
+  const CudaProblem problem = cuda_problem(p, &gradient, type);
+  const CudaPlan plan = cuda_plan(CudaOp::kValueAndGrad, problem, device);
+  CrossEntropyBackward b = gradient;
+  const bool mean = r.reduction == Reduction::kMean;
+  if (!gradient_in_forward(plan, cuda_plan(CudaOp::kForward, problem, device))) {
+    cudaError_t status = launch_cross_entropy_forward(p, r, type, device, bad, stream);
+    if (mean) b.total_weight = r.total_weight;
+    if (status == cudaSuccess) status = launch_cross_entropy_backward(b, type, device, mass, bad, stream);
+    return status;
+  }
+  const dim3 grid = grid_of(plan.chunks), block = block_of(plan.threads);
+  with_element_type(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (mean) {
+      const dim3 divisor_grid = grid_of(divisor_chunks(p.extent.rows()));
+      CUDA_LAUNCH((cross_entropy_divisor_kernel<T>), divisor_grid, block_of(512), 0, stream, p,
+                  divisor_of(r, r.divisor));
+      b.total_weight = r.divisor;
+    }
+    if (plan.family == CudaFamily::kTileRows) {
+      with_most_classes<T>(p.extent.classes, [&](auto most) {
+        CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T, decltype(most)::value>), grid, block, 0, stream, p, b, r,
+                    plan.rows_per_chunk, bad);
+      });
+      return;
+    }
+    with_terms(p.targets, [&](auto terms) {
+      constexpr bool kTerms = decltype(terms)::value;
+      if (plan.family == CudaFamily::kRegisterRows) {
+        CUDA_LAUNCH((cross_entropy_register_rows_kernel<T, kTerms, true>), grid, block, 0, stream, p, b, r,
+                    plan.threads_per_row, plan.rows_per_chunk, bad);
+      } else {
+        const auto shared = static_cast<size_t>(plan.shared_bytes);
+        ALLOW_SHARED((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), shared);
+        CUDA_LAUNCH((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), grid, block, shared, stream, p, b, r,
+                    plan.shared_bytes / 16, plan.rows_per_chunk, bad);
+      }
+    });
   });
   return cudaGetLastError();
 }

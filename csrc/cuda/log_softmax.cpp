@@ -10,6 +10,7 @@
 #include "../layout.h"
 #include "../ops.h"
 #include "bad_target.h"
+#include "workspace.h"
 
 namespace nllx {
 
@@ -28,7 +29,7 @@ Tensor log_softmax_forward_cuda(const Tensor& input, int64_t dim) {
   LogSoftmaxForward p{
       arrays.extent,    arrays.layout, source.const_data_ptr(), arrays.strides[0], computed.mutable_data_ptr(),
       arrays.strides[1]};
-  C10_CUDA_CHECK(launch_log_softmax_forward(p, type, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_log_softmax_forward(p, type, current_cuda_device(), c10::cuda::getCurrentCUDAStream()));
   return computed.is_same(output) ? output : output.copy_(computed);
 }
 
@@ -44,7 +45,7 @@ Tensor log_softmax_backward_cuda(const Tensor& grad_output, const Tensor& output
   const Arrays arrays = share_layout({&g, &y}, computed, dim);
   LogSoftmaxBackward p{arrays.extent,      arrays.layout,     g.const_data_ptr(),          arrays.strides[0],
                        y.const_data_ptr(), arrays.strides[1], computed.mutable_data_ptr(), arrays.strides[2]};
-  C10_CUDA_CHECK(launch_log_softmax_backward(p, type, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_log_softmax_backward(p, type, current_cuda_device(), c10::cuda::getCurrentCUDAStream()));
   return computed.is_same(grad) ? grad : grad.copy_(computed);
 }
 

@@ -2,7 +2,6 @@
 // device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -14,6 +13,7 @@
 #include "../ops.h"
 #include "bad_target.h"
 #include "kernels.h"
+#include "workspace.h"
 
 namespace nllx {
 
@@ -21,30 +21,31 @@ using at::Tensor;
 
 namespace {
 
-// Where the losses of the rows go: into the result itself, or into a workspace that is then summed.
-struct RowLoss {
-  Tensor workspace;
-  void* pointer;
-  bool is_acc;
-  RowLoss(const LossProblem& loss, int64_t reduction, Tensor& result) {
-    const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
-    workspace = per_row ? result : at::empty({loss.rows()}, loss.input.options().dtype(loss.acc_dtype));
-    pointer = workspace.mutable_data_ptr();
-    is_acc = per_row ? loss.loss_is_acc() : true;
+// Where a forward leaves its results, and the memory that it needs for a moment.
+struct Outputs {
+  LossReduction reduction;
+  Tensor partials, row_parts, counters;  // owners
+
+  Outputs(const LossProblem& loss, int64_t reduction, Tensor& result, Tensor& total_weight,
+          const LossWorkspace& workspace, cudaStream_t stream) {
+    const at::TensorOptions options = loss.input.options();
+    this->reduction.reduction = static_cast<Reduction>(reduction);
+    this->reduction.loss_is_acc = loss.loss_is_acc();
+    this->reduction.loss = result.mutable_data_ptr();
+    this->reduction.total_weight = total_weight.mutable_data_ptr();
+    if (workspace.partials > 0) {
+      partials = at::empty({workspace.partials}, options.dtype(at::kDouble));
+      this->reduction.partials = partials.mutable_data_ptr<double>();
+    }
+    if (workspace.row_part_bytes > 0) {
+      row_parts = at::empty({workspace.row_part_bytes}, options.dtype(at::kByte));
+      this->reduction.row_parts = row_parts.mutable_data_ptr();
+    }
+    if (workspace.counters) this->reduction.counters = zero_counters(options, stream, counters);
   }
 };
 
-void reduce_rows(const LossProblem& loss, const Extent& extent, const RowLoss& rows, int64_t reduction, Tensor& result,
-                 Tensor& total_weight, cudaStream_t stream) {
-  LossReduction r;
-  r.reduction = static_cast<Reduction>(reduction);
-  r.loss_is_acc = loss.loss_is_acc();
-  r.loss = result.mutable_data_ptr();
-  r.total_weight = total_weight.mutable_data_ptr();
-  const Tensor partials = at::empty({2 * loss_partials(loss.rows())}, loss.input.options().dtype(at::kDouble));
-  r.partials = partials.mutable_data_ptr<double>();
-  C10_CUDA_CHECK(launch_loss_reduction(r, extent, loss.targets, rows.pointer, rows.is_acc, loss.float_type(), stream));
-}
+bool is_per_row(int64_t reduction) { return static_cast<Reduction>(reduction) == Reduction::kNone; }
 
 // The loss of no rows, or of rows without classes.
 void fill_empty(const LossProblem& loss, int64_t reduction, Tensor& result, Tensor& total_weight) {
@@ -59,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
                                                               int64_t ignore_index, double label_smoothing,
                                                               OptionalDtype dtype) {
   raise_pending_bad_target();
-  const c10::cuda::CUDAGuard guard(logits.device());
   const LossArguments args{"cross_entropy", "logits",  true,         logits,         target,
                            weight,          reduction, ignore_index, label_smoothing};
-  LossProblem loss = make_loss_problem(args, dtype);
+  LossProblem loss = make_loss_problem(args, dtype);  // refuses logits that are not on a GPU
+  const c10::cuda::CUDAGuard guard(logits.device());
   Tensor result = empty_loss(loss, reduction);
   Tensor row_stats = at::empty(loss.stats_sizes(), logits.options().dtype(loss.acc_dtype));
   Tensor total_weight = at::empty({}, logits.options().dtype(loss.acc_dtype));
@@ -72,12 +73,16 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
     return {result, row_stats, total_weight};
   }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const RowLoss rows(loss, reduction, result);
   CrossEntropyForward p = forward_problem(loss, share_layout(loss, nullptr), row_stats);
-  p.row_loss = rows.pointer;
-  p.row_loss_is_acc = rows.is_acc;
-  C10_CUDA_CHECK(launch_cross_entropy_forward(p, loss.float_type(), bad_target_record(), stream));
-  reduce_rows(loss, p.extent, rows, reduction, result, total_weight, stream);
+  if (is_per_row(reduction)) {
+    p.row_loss = result.mutable_data_ptr();
+    p.row_loss_is_acc = loss.loss_is_acc();
+  }
+  const FloatType type = loss.float_type();
+  const CudaDevice device = current_cuda_device();
+  const Outputs outputs(loss, reduction, result, total_weight,
+                        cross_entropy_workspace(CudaOp::kForward, p, nullptr, type, device), stream);
+  C10_CUDA_CHECK(launch_cross_entropy_forward(p, outputs.reduction, type, device, bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
   return {result, row_stats, total_weight};
 }
@@ -88,8 +93,8 @@ namespace {
 Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& args, const Tensor& row_stats,
                               const Tensor& total_weight, const Tensor& out) {
   raise_pending_bad_target();
-  const c10::cuda::CUDAGuard guard(args.input.device());
   LossProblem loss = make_loss_problem(args, std::nullopt);
+  const c10::cuda::CUDAGuard guard(args.input.device());
   const void* incoming = nullptr;
   int64_t incoming_stride = 0;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, incoming, incoming_stride);
@@ -107,20 +112,46 @@ Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& ar
     p.grad_output_stride = incoming_stride;
     const Tensor mass =
         at::empty({loss.probabilities_given ? loss.rows() : 0}, args.input.options().dtype(loss.acc_dtype));
-    C10_CUDA_CHECK(
-        launch_cross_entropy_backward(p, loss.float_type(), mass.mutable_data_ptr(), bad_target_record(), stream));
+    C10_CUDA_CHECK(launch_cross_entropy_backward(p, loss.float_type(), current_cuda_device(), mass.mutable_data_ptr(),
+                                                 bad_target_record(), stream));
     raise_bad_target_if_synchronous(stream);
   }
   return finish_gradient(computed, grad, args.input.scalar_type(), out);
 }
 
-// Forward and backward, one after the other.
+// In one pass over the logits where the row fits the chip, the gradient in `out` where that is defined.
 std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDtype dtype, const Tensor& out) {
   check_reduced(args.op, args.reduction);
-  auto [loss, row_stats, total_weight] = cross_entropy_forward_cuda(
-      args.input, args.target, args.weight, args.reduction, args.ignore_index, args.label_smoothing, dtype);
-  const Tensor one = at::ones({}, total_weight.options());
-  return {loss, cross_entropy_gradient(one, args, row_stats, total_weight, out)};
+  raise_pending_bad_target();
+  LossProblem loss = make_loss_problem(args, dtype);
+  const c10::cuda::CUDAGuard guard(args.input.device());
+  if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
+  const at::TensorOptions accs = loss.input.options().dtype(loss.acc_dtype);
+  Tensor result = empty_loss(loss, args.reduction), total_weight = at::empty({2}, accs);
+  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
+  Tensor grad = direct ? out : at::empty_like(loss.input), computed = grad;
+  if (loss.rows() == 0 || loss.input.numel() == 0) {
+    // Rows without classes have a loss, and no gradient.
+    auto [value, row_stats, weight] = cross_entropy_forward_cuda(args.input, args.target, args.weight, args.reduction,
+                                                                 args.ignore_index, args.label_smoothing, dtype);
+    return {value, finish_gradient(computed, grad, args.input.scalar_type(), out)};
+  }
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor row_stats = at::empty(loss.stats_sizes(), accs);
+  const Arrays arrays = share_layout(loss, &computed);
+  const CrossEntropyForward p = forward_problem(loss, arrays, row_stats);
+  CrossEntropyBackward b = backward_problem(loss, arrays, computed, row_stats, total_weight, args.reduction);
+  b.total_weight = nullptr;  // known to the launch
+  const FloatType type = loss.float_type();
+  const CudaDevice device = current_cuda_device();
+  Outputs outputs(loss, args.reduction, result, total_weight,
+                  cross_entropy_workspace(CudaOp::kValueAndGrad, p, &b, type, device), stream);
+  outputs.reduction.divisor = static_cast<char*>(total_weight.mutable_data_ptr()) + total_weight.element_size();
+  const Tensor mass = at::empty({loss.probabilities_given ? loss.rows() : 0}, accs);
+  C10_CUDA_CHECK(launch_cross_entropy_value_and_grad(p, b, outputs.reduction, type, device, mass.mutable_data_ptr(),
+                                                     bad_target_record(), stream));
+  raise_bad_target_if_synchronous(stream);
+  return {result, finish_gradient(computed, grad, args.input.scalar_type(), out)};
 }
 
 }  // namespace
@@ -163,9 +194,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const 
                                                  const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                  OptionalDtype dtype) {
   raise_pending_bad_target();
-  const c10::cuda::CUDAGuard guard(log_probs.device());
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
   LossProblem loss = make_loss_problem(args, dtype);
+  const c10::cuda::CUDAGuard guard(log_probs.device());
   Tensor result = empty_loss(loss, reduction);
   Tensor total_weight = at::empty({}, log_probs.options().dtype(loss.acc_dtype));
   if (loss.rows() == 0) {
@@ -173,17 +204,18 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const 
     return {result, total_weight};
   }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const RowLoss rows(loss, reduction, result);
   NllLossForward p;
   const Arrays arrays = share_layout(loss, nullptr);
   p.extent = arrays.extent;
   p.log_probs = loss.input.const_data_ptr();
   p.strides = arrays.strides[0];
   p.targets = loss.targets;
-  p.row_loss = rows.pointer;
-  p.row_loss_is_acc = rows.is_acc;
-  C10_CUDA_CHECK(launch_nll_loss_forward(p, loss.float_type(), bad_target_record(), stream));
-  reduce_rows(loss, p.extent, rows, reduction, result, total_weight, stream);
+  if (is_per_row(reduction)) {
+    p.row_loss = result.mutable_data_ptr();
+    p.row_loss_is_acc = loss.loss_is_acc();
+  }
+  const Outputs outputs(loss, reduction, result, total_weight, nll_loss_workspace(p), stream);
+  C10_CUDA_CHECK(launch_nll_loss_forward(p, outputs.reduction, loss.float_type(), bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
   return {result, total_weight};
 }
@@ -192,9 +224,9 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
                               const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
                               int64_t ignore_index) {
   raise_pending_bad_target();
-  const c10::cuda::CUDAGuard guard(log_probs.device());
   const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
   LossProblem loss = make_loss_problem(args, std::nullopt);
+  const c10::cuda::CUDAGuard guard(log_probs.device());
   NllLossBackward p;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, log_probs);
@@ -209,7 +241,7 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
   if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
-  C10_CUDA_CHECK(launch_nll_loss_backward(p, loss.float_type(), bad_target_record(), stream));
+  C10_CUDA_CHECK(launch_nll_loss_backward(p, loss.float_type(), current_cuda_device(), bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
   return finish_gradient(computed, grad, log_probs.scalar_type());
 }

@@ -1,83 +1,199 @@
 #include "plan.h"
 
-#include <cstddef>
+#include <algorithm>
 
 namespace nllx {
 
 namespace {
 
-// Blocks beyond this walk over the rest: the first grid dimension ends at 2^31 - 1, and launching a few waves of every
-// chip costs less than launching millions of blocks.
-constexpr int64_t kMostBlocks = 1 << 20;
+// The partial sums of the loss are added by the last block to finish: so few that this costs no time.
+constexpr int64_t kMostChunks = 4096;
 
-struct Row {
-  int64_t classes;  // up to and including
+// Long rows: enough threads that each has several loads, and blocks so small that three or more share a multiprocessor:
+// some load while others reduce.
+struct BlockRow {
+  int64_t vectors;  // of a row, up to and including
   int threads;
+  const char* reason;
+};
+constexpr BlockRow kBlockRows[] = {
+    {1024, 128, "two batches of four vectors a thread, and many rows at once on a multiprocessor"},
+    {INT64_MAX, 256, "a long row: the reduction at its end is short beside it"},
 };
 
-// Few classes: a power of two of threads that holds them with one value each.
-constexpr Row kThreadsPerRegisterRow[] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {INT64_MAX, 32}};
+// Where the row stays on the chip for the gradient, several blocks share a multiprocessor's memory: one loads while
+// another writes.
+constexpr int kResidentBlocks = 3;
+constexpr int kReservedBytes = 3 << 10;  // static shared memory of the kernels, and the system's
 
-// A block per row: at least 16 logits for a thread, so that several loads are in flight, and a reduction over few
-// warps. Not 1024 threads: 64 registers a thread are too few for float64.
-constexpr Row kThreadsPerBlockRow[] = {{2048, 128}, {8192, 256}, {INT64_MAX, 512}};
-
-// Beyond 8 logits a thread the row is read by a block instead: 32 * 8.
-constexpr int64_t kMostRegisterClasses = 256;
-
-// A row's values are streamed by this many threads, each 16 bytes at a time.
 constexpr int kStreamingThreads = 256;
 
-template <size_t n>
-int lookup(const Row (&table)[n], int64_t classes) {
-  for (const Row& row : table) {
-    if (classes <= row.classes) return row.threads;
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t power_of_two_from(int64_t n) {
+  int64_t p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+// Chunks of whole groups of rows, as many as the last block can add at no cost. A function of the problem alone: the
+// sum is the same on every device.
+void cut(CudaPlan& plan, int64_t rows) {
+  const int64_t groups = divide_up(std::max<int64_t>(rows, 1), plan.rows_at_once);
+  plan.rows_per_chunk = plan.rows_at_once * divide_up(groups, kMostChunks);
+  plan.chunks = divide_up(std::max<int64_t>(rows, 1), plan.rows_per_chunk);
+}
+
+// As many blocks for each row as fill the chip twice, while each has work for all of its threads.
+int splits_of_row(const CudaProblem& p, int64_t vectors, int threads, const CudaDevice& device) {
+  const int64_t rows = p.extent.rows(), wanted = 2 * static_cast<int64_t>(device.multiprocessors);
+  if (rows >= wanted || rows > kMostSplitRows || rows < 1) return 1;
+  const int64_t most = vectors / (threads * kVectorsAtOnce / 2);
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted / rows, most), 1, kMostSplits));
+}
+
+CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
+  CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 0, 0, 0, ""};
+  const int vector = 8 / p.element_bytes;
+  const int64_t threads = static_cast<int64_t>(device.multiprocessors) * 512;
+  // With coefficients the state of a row takes twice the registers: a row per thread.
+  if (vector > 1 && p.aligned && !p.has_terms && op != CudaOp::kLogSoftmax && p.extent.rows() / vector >= threads) {
+    plan.vector_elements = vector;
+    plan.reason = "wide planes: 8-byte loads of neighbouring rows fill the chip";
+  } else {
+    plan.reason = "a thread per row";
+    // Small planes: fewer threads side by side, the others take a part of the classes each.
+    while (plan.threads_per_row > 32 && (p.extent.inner <= plan.threads_per_row / 2 ||
+                                         p.extent.rows() * (kPlaneThreads / plan.threads_per_row) < threads / 4)) {
+      plan.threads_per_row /= 2;
+      plan.reason = "small planes: the threads of a block share the classes";
+    }
   }
-  return table[n - 1].threads;
+  plan.rows_at_once = plan.threads_per_row * plan.vector_elements;
+  const int64_t tiles = p.extent.outer * divide_up(p.extent.inner, plan.rows_at_once);
+  plan.rows_per_chunk = divide_up(std::max<int64_t>(tiles, 1), kMostChunks);  // here: tiles of rows_at_once
+  plan.chunks = divide_up(std::max<int64_t>(tiles, 1), plan.rows_per_chunk);
+  return plan;
 }
 
-int64_t blocks_for(int64_t units, int64_t per_block) {
-  const int64_t blocks = (units + per_block - 1) / per_block;
-  return blocks < 1 ? 1 : blocks > kMostBlocks ? kMostBlocks : blocks;
+// Whether the rows of a problem lie one behind the other.
+bool is_dense(const Extent& e, const Strides& s) {
+  return (e.inner == 1 || s.inner == e.classes) && (e.outer == 1 || s.outer == e.inner * e.classes);
 }
 
-CudaPlan planes(const Extent& extent) {
-  // Wide planes fill a block of 256; narrow ones lose less of a small block. A block takes a tile of one plane.
-  const int threads = extent.inner > 128 ? 256 : extent.inner > 64 ? 128 : extent.inner > 32 ? 64 : 32;
-  const int64_t tiles = (extent.inner + threads - 1) / threads;
-  return {CudaFamily::kPlanes, threads, 1, threads, 0, blocks_for(extent.outer * tiles, 1)};
+bool is_aligned(const Extent& e, Layout layout, const Strides& s, const void* p, int element_bytes) {
+  const int64_t vector = 16 / element_bytes;
+  const bool rows = layout == Layout::kRows;
+  const bool inner = rows ? e.inner == 1 || s.inner % vector == 0 : e.inner % vector == 0;
+  const bool classes = rows || e.classes == 1 || s.classes % vector == 0;
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && inner && classes && (e.outer == 1 || s.outer % vector == 0);
 }
 
-CudaPlan block_rows(const Extent& extent) {
-  const int threads = lookup(kThreadsPerBlockRow, extent.classes);
-  return {CudaFamily::kBlockRows, threads, threads, 1, 0, blocks_for(extent.rows(), 1)};
+CudaProblem problem_of(const Extent& extent, Layout layout, const Targets& t, FloatType type) {
+  CudaProblem problem;
+  problem.extent = extent;
+  problem.layout = layout;
+  problem.has_terms = t.probabilities != nullptr || t.label_smoothing > 0;
+  problem.element_bytes = element_bytes(type);
+  return problem;
 }
 
 }  // namespace
 
-CudaPlan cuda_plan_reduction(const Extent& extent, Layout layout) {
-  if (layout == Layout::kPlanes) return planes(extent);
-  if (extent.classes > kMostRegisterClasses) return block_rows(extent);
-  const int threads = 128, per_row = lookup(kThreadsPerRegisterRow, extent.classes), rows = threads / per_row;
-  int values = 1;
-  while (static_cast<int64_t>(values) * per_row < extent.classes) values *= 2;
-  return {CudaFamily::kRegisterRows, threads, per_row, rows, values, blocks_for(extent.rows(), rows)};
+CudaProblem cuda_problem(const CrossEntropyForward& p, const CrossEntropyBackward* gradient, FloatType type) {
+  CudaProblem problem = problem_of(p.extent, p.layout, p.targets, type);
+  problem.dense = is_dense(p.extent, p.logits_strides) && (!gradient || is_dense(p.extent, gradient->grad_strides));
+  problem.aligned = is_aligned(p.extent, p.layout, p.logits_strides, p.logits, problem.element_bytes);
+  return problem;
 }
 
-CudaPlan cuda_plan_rows(const Extent& extent, Layout layout) {
-  if (layout == Layout::kPlanes) return planes(extent);
-  if (extent.classes > kMostRegisterClasses) return block_rows(extent);
-  const int threads = 128, per_row = lookup(kThreadsPerRegisterRow, extent.classes), rows = threads / per_row;
-  return {CudaFamily::kBlockRows, threads, per_row, rows, 0, blocks_for(extent.rows(), rows)};
+CudaProblem cuda_problem(const CrossEntropyBackward& p, FloatType type) {
+  CudaProblem problem = problem_of(p.extent, p.layout, p.targets, type);
+  problem.dense = is_dense(p.extent, p.logits_strides) && is_dense(p.extent, p.grad_strides);
+  problem.aligned = is_aligned(p.extent, p.layout, p.logits_strides, p.logits, problem.element_bytes) &&
+                    is_aligned(p.extent, p.layout, p.grad_strides, p.grad_logits, problem.element_bytes);
+  return problem;
 }
 
-CudaPlan cuda_plan_streaming(const Extent& extent, Layout layout, int element_bytes) {
-  if (layout == Layout::kPlanes) return planes(extent);
-  const int64_t vectors = (extent.classes * element_bytes + 15) / 16;
-  int per_row = 1;
-  while (per_row < vectors && per_row < kStreamingThreads) per_row *= 2;
-  const int rows = kStreamingThreads / per_row;
-  return {CudaFamily::kBlockRows, kStreamingThreads, per_row, rows, 0, blocks_for(extent.rows(), rows)};
+CudaProblem cuda_problem(const Extent& extent, Layout layout, const void* input, const Strides& strides,
+                         FloatType type) {
+  CudaProblem problem = problem_of(extent, layout, Targets(), type);
+  problem.aligned = is_aligned(extent, layout, strides, input, problem.element_bytes);
+  return problem;
+}
+
+CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
+  if (p.layout == Layout::kPlanes) return planes(op, p, device);
+  const int vector = 16 / p.element_bytes;
+  const int64_t classes = p.extent.classes, rows = p.extent.rows();
+  if (p.dense && classes <= most_tile_classes(p.element_bytes) && op != CudaOp::kLogSoftmax) {
+    CudaPlan plan{CudaFamily::kTileRows,
+                  kTileThreads,
+                  1,
+                  kTileThreads,
+                  vector,
+                  1,
+                  0,
+                  0,
+                  0,
+                  "few classes: no exchange between threads"};
+    cut(plan, rows);
+    return plan;
+  }
+  const int64_t vectors = divide_up(classes, vector) + !p.aligned;
+  const int held = register_vectors(p.element_bytes);
+  if (op == CudaOp::kBackward) {
+    // No reduction: a thread takes four vectors at a time.
+    const int64_t per_row = std::min<int64_t>(power_of_two_from(divide_up(vectors, kVectorsAtOnce)), kStreamingThreads);
+    CudaPlan plan{CudaFamily::kBlockRows,
+                  kStreamingThreads,
+                  static_cast<int>(per_row),
+                  static_cast<int>(kStreamingThreads / per_row),
+                  vector,
+                  1,
+                  0,
+                  0,
+                  0,
+                  "streams: four vectors a thread at a time"};
+    if (per_row == kStreamingThreads) plan.splits = splits_of_row(p, vectors, kStreamingThreads, device);
+    plan.rows_per_chunk = plan.rows_at_once;
+    plan.chunks = divide_up(std::max<int64_t>(rows, 1), plan.rows_at_once);
+    return plan;
+  }
+  if (vectors <= 32 * held) {
+    const int per_row = static_cast<int>(power_of_two_from(divide_up(vectors, held)));
+    CudaPlan plan{CudaFamily::kRegisterRows,
+                  kRegisterThreads,
+                  per_row,
+                  kRegisterThreads / per_row,
+                  vector,
+                  1,
+                  0,
+                  0,
+                  0,
+                  "the row fits the registers of a warp: one read, no barrier"};
+    cut(plan, rows);
+    return plan;
+  }
+  const BlockRow* row = kBlockRows;
+  while (vectors > row->vectors) ++row;
+  CudaPlan plan{CudaFamily::kBlockRows, row->threads, row->threads, 1, vector, 1, 0, 0, 0, row->reason};
+  if (op == CudaOp::kForward) {
+    plan.splits = splits_of_row(p, vectors, plan.threads, device);
+    if (plan.splits > 1) plan.reason = "few long rows: several blocks for each";
+  } else {
+    const int64_t bytes = divide_up(classes * p.element_bytes, 16) * 16;
+    const int64_t most = std::max(0, (device.shared_bytes / kResidentBlocks - kReservedBytes) / 16 * 16);
+    plan.shared_bytes = static_cast<int>(std::min(bytes, most));
+    plan.reason = "the row stays in shared memory, what does not fit in the cache";
+    if (op == CudaOp::kValueAndGrad && bytes > 2 * most) {
+      // Reading most of the row again from a kernel that waits in between is slower than the streaming backward.
+      plan.shared_bytes = 0;
+      plan.reason = "the row does not fit: forward, then backward";
+    }
+  }
+  cut(plan, rows);
+  return plan;
 }
 
 }  // namespace nllx

@@ -1,4 +1,4 @@
-// Which kernel solves a problem, with how many threads: a pure function of the problem, testable without a GPU.
+// Which kernel solves a problem, and how: a pure function of problem, dtype and device, testable without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -7,26 +7,67 @@
 
 namespace nllx {
 
+constexpr int element_bytes(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
+
+enum class CudaOp : uint8_t { kForward, kBackward, kValueAndGrad, kLogSoftmax };
+
 enum class CudaFamily : uint8_t {
+  kTileRows,      // few classes: neighbouring rows lie in shared memory, a thread per row
   kRegisterRows,  // a row by a warp or part of one, its logits in registers
-  kBlockRows,     // a row by a block, in 16-byte loads
-  kPlanes,        // a thread per row, neighbouring threads on neighbouring rows
+  kBlockRows,     // a row, or a part of one, by a block or by some of its warps
+  kPlanes,        // neighbouring threads on neighbouring rows
+};
+
+// What a kernel needs to know of the memory beside the extent.
+struct CudaProblem {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  bool dense = false;  // kRows: each row begins where the one before ends
+  // Every row (kRows), or every class of every plane (kPlanes, in all tensors), begins at a 16-byte boundary.
+  bool aligned = false;
+  bool has_terms = false;  // label smoothing or probabilities: every class has a coefficient
+  int element_bytes = 4;
+};
+
+struct CudaDevice {
+  int multiprocessors = 1;
+  int shared_bytes = 48 << 10;  // that a block may ask for
 };
 
 struct CudaPlan {
   CudaFamily family;
-  int threads;            // of a block
-  int threads_per_row;    // a power of two up to 32, or all threads of the block
-  int rows_per_block;     // that are worked on at once
-  int values_per_thread;  // kRegisterRows: logits of a row that a thread holds
-  int64_t blocks;
+  int threads;          // of a block
+  int threads_per_row;  // kPlanes: threads side by side on neighbouring rows; the others share the classes
+  int rows_at_once;     // by a block
+  int vector_elements;  // of one load
+  int splits;           // blocks that share a row
+  int shared_bytes;     // dynamic
+  int64_t rows_per_chunk;
+  int64_t chunks;  // units of work, each with one partial sum of the loss; times `splits` blocks
+  const char* reason;
 };
 
-// `forward` kernels reduce over the classes of a row; the backward of the losses streams.
-CudaPlan cuda_plan_reduction(const Extent& extent, Layout layout);
-CudaPlan cuda_plan_streaming(const Extent& extent, Layout layout, int element_bytes);
+// What a plan needs to know of a problem. `gradient`: of value_and_grad, otherwise null.
+CudaProblem cuda_problem(const CrossEntropyForward& p, const CrossEntropyBackward* gradient, FloatType type);
+CudaProblem cuda_problem(const CrossEntropyBackward& p, FloatType type);
+CudaProblem cuda_problem(const Extent& extent, Layout layout, const void* input, const Strides& strides,
+                         FloatType type);
 
-// The row kernels without registers for a row (log_softmax, sums over probabilities): a warp or a block per row.
-CudaPlan cuda_plan_rows(const Extent& extent, Layout layout);
+CudaPlan cuda_plan(CudaOp op, const CudaProblem& problem, const CudaDevice& device);
+
+// kTileRows: the shared memory of a block holds this many rows of so many classes.
+constexpr int kTileThreads = 128, kMostTileClasses = 32;
+NLLX_MEMBER constexpr int most_tile_classes(int element_bytes) { return element_bytes == 8 ? 16 : kMostTileClasses; }
+// kRegisterRows: 16-byte vectors of a row that a thread holds.
+constexpr int kRegisterThreads = 128;
+NLLX_MEMBER constexpr int register_vectors(int element_bytes) { return element_bytes == 2 ? 4 : 8; }
+// kBlockRows and the streaming backward: 16-byte loads of a thread in flight.
+constexpr int kVectorsAtOnce = 4;
+// kPlanes: threads of a block.
+constexpr int kPlaneThreads = 256;
+// Rows that are split over blocks: at most so many, each with a counter.
+constexpr int kMostSplitRows = 1024, kMostSplits = 64;
 
 }  // namespace nllx

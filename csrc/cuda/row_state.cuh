@@ -32,17 +32,11 @@ struct RowState {
     max = m;
   }
 
-  template <bool kTerms>
-  __device__ __forceinline__ void add(acc x, acc a) {
-    raise_max(x);
-    add_below_max<kTerms>(x, a);
-  }
-
   // x ≤ max.
   template <bool kTerms>
   __device__ __forceinline__ void add_below_max(acc x, acc a) {
     const acc shifted = x - finite_max(max);
-    sum += exp_acc(shifted);
+    sum += exp_of_many(shifted);
     if (kTerms) {
       dot += weighted(a, shifted);
       mass += a;
@@ -60,16 +54,26 @@ struct RowState {
   __device__ __forceinline__ RowStats<acc> stats() const { return {finite_max(max), log_acc(sum)}; }
 };
 
+template <typename acc>
+__device__ __forceinline__ acc max_in_warp(acc v, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) v = larger(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  return v;
+}
+
+template <typename acc>
+__device__ __forceinline__ acc sum_in_warp(acc v, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
 // All lanes of each aligned group of `width` (a power of two) lanes end with the state of the group. Every lane of the
-// warp takes part.
+// warp takes part. The maximum comes first: then each lane rescales once, and not at each step.
 template <typename acc>
 __device__ __forceinline__ void merge_in_warp(RowState<acc>& s, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) {
-    const RowState<acc> other{__shfl_xor_sync(0xffffffffu, s.max, offset), __shfl_xor_sync(0xffffffffu, s.sum, offset),
-                              __shfl_xor_sync(0xffffffffu, s.dot, offset),
-                              __shfl_xor_sync(0xffffffffu, s.mass, offset)};
-    s.merge(other);
-  }
+  s.raise_max(max_in_warp(s.max, width));
+  s.sum = sum_in_warp(s.sum, width);
+  s.dot = sum_in_warp(s.dot, width);
+  s.mass = sum_in_warp(s.mass, width);
 }
 
 // All threads of the block end with the state of the block, in the same order of merging everywhere. `scratch` is
@@ -81,14 +85,17 @@ __device__ __forceinline__ void merge_in_block(RowState<acc>& s, RowState<acc>* 
   __syncthreads();  // the scratch may still be read for the row before
   if (lane == 0) scratch[warp] = s;
   __syncthreads();  // the states of all warps are there
-  s = scratch[0];
-  for (int w = 1; w < warps; ++w) s.merge(scratch[w]);
-}
-
-template <typename acc>
-__device__ __forceinline__ acc sum_in_warp(acc v, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
+  acc m = scratch[0].max;
+  for (int w = 1; w < warps; ++w) m = larger(m, scratch[w].max);
+  s = RowState<acc>{m, 0, 0, 0};
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
+    RowState<acc> part = scratch[w];
+    part.raise_max(m);
+    s.sum += part.sum;
+    s.dot += part.dot;
+    s.mass += part.mass;
+  }
 }
 
 template <typename acc>

@@ -24,14 +24,19 @@ struct IndexTarget {
 };
 
 template <typename acc>
-__device__ __forceinline__ IndexTarget<acc> index_target(const Targets& t, int64_t classes, int64_t row) {
+__device__ __forceinline__ IndexTarget<acc> target_of_index(const Targets& t, int64_t classes, int64_t index) {
   IndexTarget<acc> y;
-  y.index = load_index(t.index, t.index_type, row);
+  y.index = index;
   const bool ignored = y.index == t.ignore_index;
   y.bad = !ignored && !is_class(y.index, classes);
   y.counts = !ignored && !y.bad;
   y.weight = !y.counts ? acc(0) : t.weight ? static_cast<const acc*>(t.weight)[y.index] : acc(1);
   return y;
+}
+
+template <typename acc>
+__device__ __forceinline__ IndexTarget<acc> index_target(const Targets& t, int64_t classes, int64_t row) {
+  return target_of_index<acc>(t, classes, load_index(t.index, t.index_type, row));
 }
 
 // The coefficients a_c of a row's classes: w_c ε / C for index targets, w_c ((1 - ε) p_c + ε / C) for probabilities.
@@ -63,6 +68,41 @@ struct ClassTerms {
     return weight ? a * weight[c] : a;
   }
 
+  // Whether all classes have the same coefficient.
+  __device__ __forceinline__ bool are_equal() const { return !probabilities && !weight; }
+
+  // The coefficients of a vector's classes, from `c` on; probabilities in 16 bytes where they lie so.
+  __device__ __forceinline__ void load(int64_t c, acc* a) const {
+    constexpr int kSize = Vector<T>::kSize;
+    if (!probabilities) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) a[i] = uniform;
+    } else if (are_acc) {
+      load_probabilities(static_cast<const acc*>(probabilities) + offset + c * stride, a);
+    } else {
+      load_probabilities(static_cast<const T*>(probabilities) + offset + c * stride, a);
+    }
+    if (!weight) return;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) a[i] *= weight[c + i];
+  }
+
+  template <typename P>
+  __device__ __forceinline__ void load_probabilities(const P* p, acc* a) const {
+    constexpr int kSize = Vector<T>::kSize, kOf = Vector<P>::kSize;
+    if (stride == 1 && elements_past_boundary(p) == 0) {
+#pragma unroll
+      for (int j = 0; j < kSize; j += kOf) {
+        const Vector<P> v = Vector<P>::load(p + j);
+#pragma unroll
+        for (int i = 0; i < kOf; ++i) a[j + i] = uniform + scale * static_cast<acc>(v[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) a[i] = uniform + scale * static_cast<acc>(to_acc(p[i * stride]));
+    }
+  }
+
   // A without the target's own term, for index targets.
   __device__ __forceinline__ acc uniform_mass(const Targets& t, int64_t classes) const {
     return uniform * (weight ? *static_cast<const acc*>(t.weight_sum) : static_cast<acc>(classes));
@@ -92,10 +132,11 @@ __device__ __forceinline__ acc row_loss_of(const RowState<acc>& s, const RowStat
   return loss;
 }
 
+// `grad_output` may be null: the gradient of the loss itself.
 template <typename acc>
 __device__ __forceinline__ acc incoming_gradient(const void* grad_output, int64_t stride, const void* total_weight,
                                                  int64_t row) {
-  const acc g = static_cast<const acc*>(grad_output)[row * stride];
+  const acc g = grad_output ? static_cast<const acc*>(grad_output)[row * stride] : acc(1);
   return total_weight ? g / *static_cast<const acc*>(total_weight) : g;
 }
 

@@ -32,7 +32,8 @@ unsigned most_blocks = 0;
 namespace {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
-constexpr size_t kStackBytes = 256 << 10;  // the sanitizer formats its reports on it
+constexpr size_t kMostDynamicShared = 227 << 10;  // of a block, on the newest architectures
+constexpr size_t kStackBytes = 256 << 10;         // the sanitizer formats its reports on it
 
 struct Fiber {
   enum class State { kReady, kWaiting, kDone };
@@ -71,6 +72,9 @@ std::string last_message;  // of the last launch that failed
 cudaError_t last_error = cudaSuccess;
 std::string launch_log;  // a line for each launch: kernel, blocks, threads
 std::mt19937_64 random_bits;
+
+alignas(16) char dynamic_memory[kMostDynamicShared];
+size_t dynamic_bytes;  // of the launch
 
 // In a function, since static constructors of other files add to it.
 std::vector<std::pair<void*, size_t>>& shared_arrays() {
@@ -176,6 +180,7 @@ void describe_deadlock() {
 // Runs the threads of a block until all have returned; false with `error` set if they do not.
 bool run_block() {
   for (const auto& [p, bytes] : shared_arrays()) std::memset(p, 0xff, bytes);
+  std::memset(dynamic_memory, 0xff, dynamic_bytes);
   at_barrier = 0;
   for (auto& of_warp : meetings) of_warp.clear();
   for (unsigned i = 0; i < threads; ++i) {
@@ -219,6 +224,8 @@ void add_shared(void* p, size_t bytes) {
   std::memset(p, 0xff, bytes);
   shared_arrays().push_back({p, bytes});
 }
+
+uint4* dynamic_shared_memory() { return reinterpret_cast<uint4*>(dynamic_memory); }
 
 int block_barrier(const char* name, Vote vote, int predicate) {
   if (at_barrier == 0) votes = 0;
@@ -279,14 +286,15 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, vo
   };
   threads = block.x * block.y * block.z;
   if (!within(grid, 0x7fffffffu, 65535, 65535) || !within(block, 1024, 1024, 64) || threads > kMostThreads ||
-      dynamic_shared != 0) {
+      dynamic_shared > kMostDynamicShared) {
     last_error = cudaErrorInvalidConfiguration;
-    last_message = std::string(kernel) + ": no such grid or block, or dynamic shared memory, which is not emulated";
+    last_message = std::string(kernel) + ": no such grid or block, or too much dynamic shared memory";
     return;
   }
   if (most_blocks && grid.x > most_blocks) grid.x = most_blocks;
   block_dim = block;
   grid_dim = grid;
+  dynamic_bytes = dynamic_shared;
   const FaultHandler handler;
   body = kernel_body;
   arguments = kernel_arguments;

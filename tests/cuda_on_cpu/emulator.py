@@ -17,7 +17,8 @@ from compilation import CSRC
 FLOAT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, torch.uint8: 4}
 ROWS, PLANES = 0, 1  # nllx::Layout
-FAMILIES = ("register rows", "block rows", "planes")  # nllx::CudaFamily
+FAMILIES = ("tile rows", "register rows", "block rows", "planes")  # nllx::CudaFamily
+FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX = range(4)  # nllx::CudaOp
 ASCENDING, DESCENDING, RANDOM = 0, 1, 2  # orders of the emulator: others are random too, by another seed
 
 
@@ -134,7 +135,14 @@ class LossReduction(ctypes.Structure):
         ("loss", c_void_p),
         ("total_weight", c_void_p),
         ("partials", c_void_p),
+        ("counters", c_void_p),
+        ("row_parts", c_void_p),
+        ("divisor", c_void_p),
     ]
+
+
+class LossWorkspace(ctypes.Structure):
+    _fields_ = [("partials", c_int64), ("row_part_bytes", c_int64), ("counters", c_bool)]
 
 
 class BadTarget(ctypes.Structure):
@@ -148,14 +156,36 @@ class BadTarget(ctypes.Structure):
     ]
 
 
+class CudaProblem(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("dense", c_bool),
+        ("aligned", c_bool),
+        ("has_terms", c_bool),
+        ("element_bytes", c_int),
+    ]
+
+
+class CudaDevice(ctypes.Structure):
+    _fields_ = [("multiprocessors", c_int), ("shared_bytes", c_int)]
+
+
+H100 = CudaDevice(132, 227 << 10)
+
+
 class CudaPlan(ctypes.Structure):
     _fields_ = [
         ("family", c_uint8),
         ("threads", c_int),
         ("threads_per_row", c_int),
-        ("rows_per_block", c_int),
-        ("values_per_thread", c_int),
-        ("blocks", c_int64),
+        ("rows_at_once", c_int),
+        ("vector_elements", c_int),
+        ("splits", c_int),
+        ("shared_bytes", c_int),
+        ("rows_per_chunk", c_int64),
+        ("chunks", c_int64),
+        ("reason", c_char_p),
     ]
 
 
@@ -168,6 +198,9 @@ _STRUCTS = (
     LogSoftmaxBackward,
     LossReduction,
     BadTarget,
+    LossWorkspace,
+    CudaProblem,
+    CudaDevice,
     CudaPlan,
 )
 
@@ -191,9 +224,12 @@ class Launch:
 def kernel_bounds() -> dict[str, int]:
     """The kernels of csrc/cuda and the threads of a block that each is compiled for."""
     sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu*")))
-    found = re.findall(r"__global__\s+void\s+__launch_bounds__\((\d+)[^)]*\)\s+(\w+)\(", sources)
+    constants = {
+        name: int(value) for name, value in re.findall(r"(k\w+) = (\d+)[,;]", (CSRC / "cuda/plan.h").read_text())
+    }
+    found = re.findall(r"__global__\s+void\s+__launch_bounds__\((\w+).*\)\s+(\w+)\(", sources)
     assert len(found) == len(re.findall(r"\b__global__\b", sources)), "a kernel without __launch_bounds__"
-    return {name: int(threads) for threads, name in found}
+    return {name: int(threads) if threads.isdecimal() else constants[threads] for threads, name in found}
 
 
 class Emulator:
@@ -244,8 +280,12 @@ class Kernels(Emulator):
             bound = kernel_bounds()[launch.name]
             assert launch.threads <= bound, f"{launch}: more threads than the {bound} that it is compiled for"
 
-    def plan(self, name: str, extent: Extent, layout: int, *element_bytes: int) -> CudaPlan:
-        """``nllx::cuda_plan_<name>``."""
-        plan = self._function(f"cuda_plan_{name}", CudaPlan, [extent, c_uint8(layout), *map(c_int, element_bytes)])()
+    def workspace(self, name: str, *arguments: Any) -> LossWorkspace:
+        """``nllx::<name>_workspace``."""
+        return self._function(f"{name}_workspace", LossWorkspace, arguments)()
+
+    def plan(self, op: int, problem: CudaProblem, device: CudaDevice = H100) -> CudaPlan:
+        """``nllx::cuda_plan``."""
+        plan = self._function("cuda_plan", CudaPlan, [c_uint8(op), problem, device])()
         self.run(lambda: 0)  # raises if something in it was undefined
         return plan

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
-from ctypes import c_bool, c_uint8
+from ctypes import c_uint8, c_void_p
 from typing import Any
 
 import torch
 from cases import REDUCTIONS, Problem, grad_output
-from compilation import CSRC
 from emulator import (
     ASCENDING,
     FLOAT_TYPES,
+    FORWARD,
+    H100,
     INDEX_TYPES,
     PLANES,
     ROWS,
+    VALUE_AND_GRAD,
     BadTarget,
     CrossEntropyBackward,
     CrossEntropyForward,
+    CudaDevice,
     Extent,
     Kernels,
     LogSoftmaxBackward,
@@ -101,6 +103,8 @@ def share_layout(tensors: list[Tensor], class_dim: int) -> tuple[list[Tensor], A
 class Settings:
     """How a problem is run.
 
+    device: that the plans are made for. together: value and gradient in one launch, where the loss is reduced;
+    in_place: there, the gradient over the logits.
     order, most_blocks: of the emulator. shifts: elements that the input and its gradient (or log_softmax's output)
     begin past a 16-byte boundary; None: as the table has it. loss_dtype: None for torch's. memory: where tensors lie.
     """
@@ -110,6 +114,9 @@ class Settings:
     shifts: tuple[int | None, int] = (None, 0)
     loss_dtype: torch.dtype | None = None
     memory: type[Memory] = Memory
+    device: CudaDevice = H100
+    together: bool = False
+    in_place: bool = False
 
 
 @dataclasses.dataclass
@@ -127,13 +134,6 @@ class Result:
     bad: tuple[BadTarget, BadTarget] = dataclasses.field(default_factory=lambda: (BadTarget(), BadTarget()))
 
 
-def _loss_partials(rows: int) -> int:
-    """Groups of rows that are added by a block each."""
-    found = re.search(r"kRowsPerPartial = (\d+);", (CSRC / "cuda" / "kernels.h").read_text())
-    assert found is not None
-    return math.ceil(rows / int(found[1]))
-
-
 class _Loss:
     """The tensors of a loss, in the dtypes and memory that the kernels take, and its launches."""
 
@@ -141,6 +141,8 @@ class _Loss:
         case = problem.case
         self.kernels, self.case, self.settings, self.memory = kernels, case, settings, settings.memory()
         self.class_dim = 0 if problem.input.dim() == 1 else 1
+        self.counters: Tensor | None = None
+        self.kept: list[Tensor | None] = []  # what the launches only have addresses of
         self.input, self.probabilities = problem.input, None
         self.torchs_loss_dtype = self.input.dtype
         self.targets = Targets(ignore_index=case.ignore_index, label_smoothing=case.label_smoothing)
@@ -172,27 +174,63 @@ class _Loss:
         cross_entropy = self.case.op == "cross_entropy"
         bad = BadTarget(), BadTarget()
         reduced = self.case.reduction != "none"
-        output = self.memory.empty([] if reduced else self.row_shape, self.loss_dtype)
-        row_loss = self.memory.empty([self.rows], self.acc) if reduced else output
+        self.output = self.memory.empty([] if reduced else self.row_shape, self.loss_dtype)
+        self.total_weight = self.memory.empty([], self.acc)
         row_stats = self.memory.empty([*self.row_shape, 2], self.acc) if cross_entropy else None
-        if cross_entropy:
-            self._cross_entropy_forward(row_loss, row_stats, bad[0])
+        together = self.settings.together and cross_entropy and reduced
+        if together:
+            grad = self._cross_entropy_value_and_grad(self._incoming(None), row_stats, bad[0])
         else:
-            self._nll_loss_forward(row_loss, bad[0])
-        total_weight = self._reduce(row_loss, output)
-        # Rounded as torch's, so that the exact gradient is known.
-        g = grad_output(self.case, output.to(self.torchs_loss_dtype)).to(self.acc).contiguous()
-        incoming = {
-            "grad_output": address(self.memory.copy(g)),
-            "grad_output_stride": 0 if reduced else 1,
-            "total_weight": address(total_weight if self.case.reduction == "mean" else None),
-        }
-        if cross_entropy:
-            grad = self._cross_entropy_backward(incoming, row_stats, bad[1])
-        else:
-            grad = self._nll_loss_backward(incoming, bad[1])
+            if cross_entropy:
+                self._cross_entropy_forward(row_stats, bad[0])
+            else:
+                self._nll_loss_forward(bad[0])
+            incoming = self._incoming(self.total_weight if self.case.reduction == "mean" else None)
+            if cross_entropy:
+                grad = self._cross_entropy_backward(incoming, row_stats, bad[1])
+            else:
+                grad = self._nll_loss_backward(incoming, bad[1])
         self.memory.check()
-        return Result(output, grad, row_stats, total_weight, bad)
+        if self.counters is not None:
+            assert not self.counters.any(), "counters that are not zero after the launch"
+        return Result(self.output, grad, row_stats, self.total_weight, bad)
+
+    def _incoming(self, total_weight: Tensor | None) -> dict[str, Any]:
+        # Rounded as torch's, so that the exact gradient is known.
+        g = grad_output(self.case, self.output.to(self.torchs_loss_dtype)).to(self.acc).contiguous()
+        incoming = self.memory.copy(g)
+        self.kept.append(incoming)
+        return {
+            "grad_output": address(incoming),
+            "grad_output_stride": 0 if self.case.reduction != "none" else 1,
+            "total_weight": address(total_weight),
+        }
+
+    def _row_loss(self) -> dict[str, Any]:
+        """Fields of a forward problem: only an unreduced loss is written row by row."""
+        if self.case.reduction != "none":
+            return {}
+        return {"row_loss": address(self.output), "row_loss_is_acc": self.output.dtype == self.acc}
+
+    def _reduction(self, name: str, *arguments: Any) -> LossReduction:
+        workspace = self.kernels.workspace(name, *arguments)
+        partials = self.memory.empty([workspace.partials], torch.float64) if workspace.partials else None
+        row_parts = (
+            self.memory.empty([workspace.row_part_bytes // 4], torch.float32) if workspace.row_part_bytes else None
+        )
+        self.counters = torch.zeros(1 + 1024, dtype=torch.int32) if workspace.counters else None
+        divisor = self.memory.empty([], self.acc)
+        self.kept += [partials, row_parts, divisor]
+        return LossReduction(
+            reduction=REDUCTIONS.index(self.case.reduction),
+            loss_is_acc=self.output.dtype == self.acc,
+            loss=address(self.output),
+            total_weight=address(self.total_weight),
+            partials=address(partials),
+            row_parts=address(row_parts),
+            counters=address(self.counters),
+            divisor=address(divisor),
+        )
 
     def _launch(self, name: str, *arguments: Any) -> None:
         self.kernels.launch(name, *arguments, order=self.settings.order, most_blocks=self.settings.most_blocks)
@@ -207,21 +245,26 @@ class _Loss:
             self.targets.probability_strides = arrays.strides.pop(1)
         return input, tensors[len(given) :], arrays
 
-    def _cross_entropy_forward(self, row_loss: Tensor, row_stats: Tensor, bad: BadTarget) -> None:
-        input, _, arrays = self._arrays()
-        problem = CrossEntropyForward(
+    def _forward_problem(self, input: Tensor, arrays: Arrays, row_stats: Tensor) -> CrossEntropyForward:
+        return CrossEntropyForward(
             extent=arrays.extent,
             layout=arrays.layout,
             logits=address(input),
             logits_strides=arrays.strides[0],
             targets=self.targets,
-            row_loss=address(row_loss),
-            row_loss_is_acc=row_loss.dtype == self.acc,
             row_stats=address(row_stats),
+            **self._row_loss(),
         )
-        self._launch("cross_entropy_forward", problem, self.float_type, bad)
 
-    def _cross_entropy_backward(self, incoming: dict[str, Any], row_stats: Tensor, bad: BadTarget) -> Tensor:
+    def _cross_entropy_forward(self, row_stats: Tensor, bad: BadTarget) -> None:
+        input, _, arrays = self._arrays()
+        problem, device = self._forward_problem(input, arrays, row_stats), self.settings.device
+        reduction = self._reduction("cross_entropy", c_uint8(FORWARD), problem, c_void_p(), self.float_type, device)
+        self._launch("cross_entropy_forward", problem, reduction, self.float_type, device, bad)
+
+    def _backward_problem(
+        self, incoming: dict[str, Any], row_stats: Tensor
+    ) -> tuple[Tensor, Tensor, Arrays, CrossEntropyBackward]:
         input, (like,), arrays = self._arrays(self.memory.like(self.input))
         grad = self.memory.empty(like.shape, like.dtype, like.stride(), self.settings.shifts[1])
         problem = CrossEntropyBackward(
@@ -235,21 +278,39 @@ class _Loss:
             grad_strides=arrays.strides[1],
             **incoming,
         )
+        return input, grad, arrays, problem
+
+    def _cross_entropy_value_and_grad(self, incoming: dict[str, Any], row_stats: Tensor, bad: BadTarget) -> Tensor:
+        input, grad, arrays, gradient = self._backward_problem(incoming, row_stats)
+        if self.settings.in_place and grad.stride() == input.stride():
+            input = grad.copy_(input)
+            gradient.logits = address(input)
+        problem, device = self._forward_problem(input, arrays, row_stats), self.settings.device
+        reduction = self._reduction(
+            "cross_entropy", c_uint8(VALUE_AND_GRAD), problem, gradient, self.float_type, device
+        )
         mass = self.memory.empty([self.rows], self.acc)
-        self._launch("cross_entropy_backward", problem, self.float_type, address(mass), bad)
+        arguments = (problem, gradient, reduction, self.float_type, device, address(mass), bad)
+        self._launch("cross_entropy_value_and_grad", *arguments)
         return grad
 
-    def _nll_loss_forward(self, row_loss: Tensor, bad: BadTarget) -> None:
+    def _cross_entropy_backward(self, incoming: dict[str, Any], row_stats: Tensor, bad: BadTarget) -> Tensor:
+        _, grad, _, problem = self._backward_problem(incoming, row_stats)
+        mass = self.memory.empty([self.rows], self.acc)
+        self._launch("cross_entropy_backward", problem, self.float_type, self.settings.device, address(mass), bad)
+        return grad
+
+    def _nll_loss_forward(self, bad: BadTarget) -> None:
         input, _, arrays = self._arrays()
         problem = NllLossForward(
             extent=arrays.extent,
             log_probs=address(input),
             strides=arrays.strides[0],
             targets=self.targets,
-            row_loss=address(row_loss),
-            row_loss_is_acc=row_loss.dtype == self.acc,
+            **self._row_loss(),
         )
-        self._launch("nll_loss_forward", problem, self.float_type, bad)
+        reduction = self._reduction("nll_loss", problem)
+        self._launch("nll_loss_forward", problem, reduction, self.float_type, bad)
 
     def _nll_loss_backward(self, incoming: dict[str, Any], bad: BadTarget) -> Tensor:
         (like,), arrays = share_layout([self.memory.like(self.input)], self.class_dim)
@@ -262,26 +323,8 @@ class _Loss:
             grad_strides=arrays.strides[0],
             **incoming,
         )
-        self._launch("nll_loss_backward", problem, self.float_type, bad)
+        self._launch("nll_loss_backward", problem, self.float_type, self.settings.device, bad)
         return grad
-
-    def _reduce(self, row_loss: Tensor, output: Tensor) -> Tensor:
-        """Returns the divisor of the mean."""
-        total_weight = self.memory.empty([], self.acc)
-        partials = self.memory.empty([2 * _loss_partials(self.rows)], torch.float64)
-        reduction = LossReduction(
-            reduction=REDUCTIONS.index(self.case.reduction),
-            loss_is_acc=output.dtype == self.acc,
-            loss=address(output),
-            total_weight=address(total_weight),
-            partials=address(partials),
-        )
-        extent = Extent(1, self.input.shape[self.class_dim], self.rows)
-        is_acc = c_bool(row_loss.dtype == self.acc)
-        arguments = (reduction, extent, self.targets, address(row_loss), is_acc, self.float_type)
-        # On the whole grid: its blocks do not walk on.
-        self.kernels.launch("loss_reduction", *arguments, order=self.settings.order)
-        return total_weight
 
 
 def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> Result:
@@ -301,7 +344,7 @@ def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> 
         output=address(y),
         output_strides=arrays.strides[1],
     )
-    kernels.launch("log_softmax_forward", forward, float_type, **how)
+    kernels.launch("log_softmax_forward", forward, float_type, settings.device, **how)
 
     (g, saved, grad), arrays = share_layout([grad_output(case, y), y, memory.like(y)], case.class_dim)
     g, saved = memory.copy(g, settings.shifts[0]), memory.copy(saved)
@@ -316,7 +359,7 @@ def _run_log_softmax(kernels: Kernels, problem: Problem, settings: Settings) -> 
         grad_input=address(grad),
         grad_input_strides=arrays.strides[2],
     )
-    kernels.launch("log_softmax_backward", backward, float_type, **how)
+    kernels.launch("log_softmax_backward", backward, float_type, settings.device, **how)
     memory.check()
     return Result(y, grad)
 

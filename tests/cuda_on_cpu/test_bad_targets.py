@@ -13,8 +13,9 @@ from memory import bits
 
 IGNORE_INDEX = -7
 FAMILIES = {
-    "register rows": ("cross_entropy", (9, 10)),
-    "block rows": ("cross_entropy", (5, 300)),
+    "tile rows": ("cross_entropy", (9, 10)),
+    "register rows": ("cross_entropy", (9, 100)),
+    "block rows": ("cross_entropy", (5, 1100)),
     "planes": ("cross_entropy", (2, 10, 9)),
     "nll_loss rows": ("nll_loss", (9, 10)),
     "nll_loss planes": ("nll_loss", (2, 10, 9)),

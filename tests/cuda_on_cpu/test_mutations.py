@@ -12,7 +12,7 @@ import pytest
 from cases import Case, build
 from comparison import check, variant
 from compilation import CSRC, kernels_library
-from emulator import DESCENDING, KernelError, Kernels
+from emulator import DESCENDING, RANDOM, CudaDevice, KernelError, Kernels
 from launches import Settings, run
 
 
@@ -32,9 +32,13 @@ class Mutation:
 
 
 FORWARD, BACKWARD = "launch_cross_entropy_forward.cu", "launch_cross_entropy_backward.cu"
+TILE_ROWS = Case("", "", (300, 10), reduction="mean")
 REGISTER_ROWS = Case("", "", (5, 40), reduction="none")
-BLOCK_ROWS = Case("", "", (5, 301), reduction="none")
+BLOCK_ROWS = Case("", "", (5, 1101), reduction="none")
+SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
 BLOCKS_THAT_WALK = [Settings(most_blocks=1), Settings(order=DESCENDING, most_blocks=1)]
+DISORDER = [Settings(order=DESCENDING), Settings(order=RANDOM)]
+TOGETHER = [Settings(together=True), Settings(together=True, order=DESCENDING, in_place=True)]
 
 MUTATIONS = [
     Mutation("no barrier before shared memory is read", "row_state.cuh",
@@ -42,29 +46,51 @@ MUTATIONS = [
              FORWARD, [BLOCK_ROWS], AssertionError, "output"),
     Mutation("no barrier before shared memory is written again", "row_state.cuh",
              "__syncthreads();  // the scratch may still be read for the row before", "",
-             FORWARD, [BLOCK_ROWS], AssertionError, "output", BLOCKS_THAT_WALK),
+             FORWARD, [variant(BLOCK_ROWS, shape=(5000, 1101))], AssertionError, "", BLOCKS_THAT_WALK),
+    Mutation("no barrier before a tile is read", "cross_entropy_rows.cuh",
+             "__syncthreads();  // the tile is there", "",
+             FORWARD, [TILE_ROWS], AssertionError, "output"),
+    Mutation("no barrier before the gradient of a tile is stored", "cross_entropy_rows.cuh",
+             "__syncthreads();  // the gradient is there", "",
+             FORWARD, [TILE_ROWS], AssertionError, "", TOGETHER),
     Mutation("a shuffle too few", "row_state.cuh",
-             "offset > 0; offset /= 2) {", "offset > 1; offset /= 2) {",
+             "offset > 0; offset /= 2) v = larger", "offset > 1; offset /= 2) v = larger",
              FORWARD, [REGISTER_ROWS], AssertionError, "output"),
     Mutation("an element past the end", "elements.cuh",
-             "c = tail + t; c < classes;", "c = tail + t; c <= classes;",
+             "for (c = part.tail + t; c < classes;", "for (c = part.tail + t; c <= classes;",
              FORWARD, [BLOCK_ROWS], AssertionError, "output"),
     Mutation("vectors that are not aligned", "elements.cuh",
-             "head = elements_to_alignment(row, classes)", "head = 0",
+             "const int64_t until = past == 0 ? 0 : kSize - past;", "const int64_t until = 0;",
              FORWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address"),
-    Mutation("a gradient taken to be as aligned as its logits", "cross_entropy_backward.cuh",
-             "if (aligned) {", "if (true) {",
+    Mutation("a vector that begins before its row", "elements.cuh",
+             "if (c >= 0 && c + Vector<T>::kSize <= n) return Vector<T>::load(row + c);",
+             "if (c + Vector<T>::kSize <= n) return Vector<T>::load(row + c);",
+             FORWARD, [variant(REGISTER_ROWS, shape=(5, 41))], AssertionError, "output"),
+    Mutation("a gradient taken to be as aligned as its logits", "elements.cuh",
+             "if (aligned && c >= 0", "if (c >= 0",
              BACKWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address",
              [Settings(shifts=(0, 1))]),
     Mutation("ignore_index ignored", "targets.cuh",
              "const bool ignored = y.index == t.ignore_index;", "const bool ignored = false;",
              FORWARD, [Case("", "", (5, 40), ignored="some", reduction="none")], AssertionError, "output"),
-    Mutation("threads that leave before a shuffle", "cross_entropy_forward.cuh",
-             "const bool exists = row < rows;", "const bool exists = row < rows; if (!exists) return;",
-             FORWARD, [Case("", "", (5, 10), reduction="none")], KernelError, "deadlock .* wait in __shfl_xor_sync"),
+    Mutation("threads that leave before a shuffle", "cross_entropy_rows.cuh",
+             "const int64_t mine = first + lane * rows_at_once + group;",
+             "const int64_t mine = first + lane * rows_at_once + group; if (mine >= end) return;",
+             FORWARD, [Case("", "", (5, 100), reduction="none")], KernelError, "deadlock .* wait in __shfl_xor_sync"),
     Mutation("threads beyond a plane", "cross_entropy_backward.cuh",
-             "if (inner >= p.extent.inner) continue;", "",
+             "if (inner >= p.extent.inner) continue;\n    const T* x", "const T* x",
              BACKWARD, [Case("", "", (1, 9, 27), reduction="none")], KernelError, "segmentation fault"),
+    Mutation("parts of a row that are merged before all are there", "loss_sum.cuh",
+             "complete[0] = atomicAdd(counter, done) + done == all;",
+             "complete[0] = atomicAdd(counter, done) + done >= all - 1;",
+             FORWARD, [SPLIT_ROWS], AssertionError, "", DISORDER),
+    Mutation("a counter that is left as it is", "loss_sum.cuh",
+             "if (complete[0]) *counter = 0;", "",
+             FORWARD, [SPLIT_ROWS], AssertionError, "counters that are not zero"),
+    Mutation("a row kept one vector too long", "cross_entropy_rows.cuh",
+             "y.counts && index < kept ? keep[index]", "y.counts && index <= kept ? keep[index]",
+             FORWARD, [BLOCK_ROWS], AssertionError, "",
+             [Settings(together=True, device=CudaDevice(2, 18 << 10))]),
 ]  # fmt: skip
 
 

@@ -1,100 +1,158 @@
-"""csrc/cuda/plan.cpp: which kernel solves a problem, and that its threads cover it."""
+"""csrc/cuda/plan.cpp: which kernel solves a problem on which device, and that its threads cover it."""
 
 from __future__ import annotations
 
 import itertools
 
 import pytest
-from emulator import FAMILIES, PLANES, ROWS, CudaPlan, Extent, Kernels
+from emulator import (
+    BACKWARD,
+    FAMILIES,
+    FORWARD,
+    H100,
+    LOG_SOFTMAX,
+    PLANES,
+    ROWS,
+    VALUE_AND_GRAD,
+    CudaDevice,
+    CudaPlan,
+    CudaProblem,
+    Extent,
+    Kernels,
+)
 
-SIZES = [n + d for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 2048, 8192, 50257, 2**31) for d in (-1, 0, 1) if n + d]
-COUNTS = [1, 2, 7, 33, 128, 1000, 2**20, 2**20 + 1, 2**31 + 1, 2**40]
+# Multiprocessors, and the shared memory that a block may ask for: T4 (sm_75), A100 (80), RTX 3090 (86), L4 (89), H100
+# (90), B200 (100), RTX 5090 (120). Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+DEVICES = {
+    "sm_75": CudaDevice(40, 64 << 10),
+    "sm_80": CudaDevice(108, 163 << 10),
+    "sm_86": CudaDevice(82, 99 << 10),
+    "sm_89": CudaDevice(58, 99 << 10),
+    "sm_90": H100,
+    "sm_100": CudaDevice(148, 227 << 10),
+    "sm_120": CudaDevice(170, 99 << 10),
+}
 MOST_BLOCKS = 2**31 - 1  # of a grid, in its first dimension
 
 
+def rows(count: int, classes: int, element_bytes: int, dense: bool = True, aligned: bool | None = None) -> CudaProblem:
+    if aligned is None:
+        aligned = classes * element_bytes % 16 == 0
+    return CudaProblem(Extent(count, classes, 1), ROWS, dense, aligned, False, element_bytes)
+
+
+def planes(outer: int, classes: int, inner: int, element_bytes: int, has_terms: bool = False) -> CudaProblem:
+    aligned = inner * element_bytes % 16 == 0
+    return CudaProblem(Extent(outer, classes, inner), PLANES, False, aligned, has_terms, element_bytes)
+
+
 def fields(plan: CudaPlan) -> tuple[str, int, int, int, int]:
-    return FAMILIES[plan.family], plan.threads, plan.threads_per_row, plan.rows_per_block, plan.values_per_thread
+    return FAMILIES[plan.family], plan.threads, plan.threads_per_row, plan.splits, plan.shared_bytes
 
 
 @pytest.mark.parametrize(
-    ("classes", "expected"),
+    ("op", "problem", "expected"),
     [
-        (1, ("register rows", 128, 1, 128, 1)),
-        (2, ("register rows", 128, 2, 64, 1)),
-        (10, ("register rows", 128, 16, 8, 1)),
-        (16, ("register rows", 128, 16, 8, 1)),
-        (17, ("register rows", 128, 32, 4, 1)),
-        (33, ("register rows", 128, 32, 4, 2)),
-        (65, ("register rows", 128, 32, 4, 4)),
-        (129, ("register rows", 128, 32, 4, 8)),
-        (256, ("register rows", 128, 32, 4, 8)),
-        (257, ("block rows", 128, 128, 1, 0)),
-        (2049, ("block rows", 256, 256, 1, 0)),
-        (8193, ("block rows", 512, 512, 1, 0)),
-        (2**31, ("block rows", 512, 512, 1, 0)),
+        (FORWARD, rows(10**6, 1, 2), ("tile rows", 128, 1, 1, 0)),
+        (FORWARD, rows(10**6, 32, 4), ("tile rows", 128, 1, 1, 0)),
+        (FORWARD, rows(10**6, 32, 4, dense=False), ("register rows", 128, 1, 1, 0)),
+        (FORWARD, rows(10**6, 33, 4), ("register rows", 128, 2, 1, 0)),
+        (FORWARD, rows(10**6, 256, 2), ("register rows", 128, 8, 1, 0)),
+        (FORWARD, rows(10**6, 1000, 2), ("register rows", 128, 32, 1, 0)),
+        (FORWARD, rows(10**6, 1024, 2), ("register rows", 128, 32, 1, 0)),
+        (FORWARD, rows(10**6, 1024, 4), ("register rows", 128, 32, 1, 0)),
+        (FORWARD, rows(10**6, 1024, 8), ("block rows", 128, 128, 1, 0)),  # float64: twice the registers
+        (FORWARD, rows(10**6, 1024, 2, aligned=False), ("block rows", 128, 128, 1, 0)),  # one vector more
+        (FORWARD, rows(10**6, 8192, 2), ("block rows", 128, 128, 1, 0)),
+        (FORWARD, rows(8192, 32000, 2), ("block rows", 256, 256, 1, 0)),
+        (FORWARD, rows(4096, 50257, 2), ("block rows", 256, 256, 1, 0)),
+        (FORWARD, rows(8, 262144, 2), ("block rows", 256, 256, 33, 0)),
+        (FORWARD, rows(8, 262144, 4), ("block rows", 256, 256, 33, 0)),
+        (BACKWARD, rows(10**6, 10, 2), ("tile rows", 128, 1, 1, 0)),
+        (BACKWARD, rows(10**6, 1000, 2), ("block rows", 256, 32, 1, 0)),
+        (BACKWARD, rows(4096, 50257, 2), ("block rows", 256, 256, 1, 0)),
+        (BACKWARD, rows(8, 262144, 4), ("block rows", 256, 256, 33, 0)),
+        (VALUE_AND_GRAD, rows(10**6, 1000, 2), ("register rows", 128, 32, 1, 0)),
+        (VALUE_AND_GRAD, rows(8192, 32000, 2), ("block rows", 256, 256, 1, 64000)),
+        (VALUE_AND_GRAD, rows(2048, 128256, 2), ("block rows", 256, 256, 1, 0)),
+        (LOG_SOFTMAX, rows(10**6, 10, 4), ("register rows", 128, 1, 1, 0)),
+        (LOG_SOFTMAX, rows(4096, 5000, 4), ("block rows", 256, 256, 1, 20000)),
+        (FORWARD, planes(16, 21, 512 * 512, 2), ("planes", 256, 256, 1, 0)),
+        (FORWARD, planes(2, 1000, 49, 4), ("planes", 256, 32, 1, 0)),
     ],
 )
-def test_reduction_over_rows(kernels: Kernels, classes: int, expected: tuple) -> None:
-    assert fields(kernels.plan("reduction", Extent(1000, classes, 1), ROWS)) == expected
+def test_on_h100(op: int, problem: CudaProblem, expected: tuple, kernels: Kernels) -> None:
+    plan = kernels.plan(op, problem)
+    assert fields(plan) == expected
+    assert plan.reason
 
 
-@pytest.mark.parametrize(
-    ("classes", "expected"),
-    [
-        (1, ("block rows", 128, 1, 128, 0)),
-        (10, ("block rows", 128, 16, 8, 0)),
-        (256, ("block rows", 128, 32, 4, 0)),
-        (257, ("block rows", 128, 128, 1, 0)),
-        (50257, ("block rows", 512, 512, 1, 0)),
-    ],
-)
-def test_rows_without_registers(kernels: Kernels, classes: int, expected: tuple) -> None:
-    assert fields(kernels.plan("rows", Extent(1000, classes, 1), ROWS)) == expected
+def test_vectors_of_planes(kernels: Kernels) -> None:
+    """Wide, aligned planes are read 8 bytes at a time; with coefficients of the classes, or misaligned, by rows."""
+    wide = (16, 21, 512 * 512)
+    assert kernels.plan(FORWARD, planes(*wide, 2)).vector_elements == 4
+    assert kernels.plan(BACKWARD, planes(*wide, 4)).vector_elements == 2
+    assert kernels.plan(FORWARD, planes(*wide, 2, has_terms=True)).vector_elements == 1
+    assert kernels.plan(FORWARD, planes(16, 21, 511 * 511, 2)).vector_elements == 1
+    assert kernels.plan(FORWARD, planes(1, 21, 64 * 64, 2)).vector_elements == 1  # would leave most of the chip idle
 
 
-@pytest.mark.parametrize(
-    ("classes", "element_bytes", "expected"),
-    [
-        (1, 2, ("block rows", 256, 1, 256, 0)),
-        (8, 2, ("block rows", 256, 1, 256, 0)),
-        (9, 2, ("block rows", 256, 2, 128, 0)),
-        (9, 4, ("block rows", 256, 4, 64, 0)),
-        (9, 8, ("block rows", 256, 8, 32, 0)),
-        (1000, 4, ("block rows", 256, 256, 1, 0)),
-        (50257, 2, ("block rows", 256, 256, 1, 0)),
-    ],
-)
-def test_streaming(kernels: Kernels, classes: int, element_bytes: int, expected: tuple) -> None:
-    assert fields(kernels.plan("streaming", Extent(1000, classes, 1), ROWS, element_bytes)) == expected
+@pytest.mark.parametrize("device", DEVICES)
+def test_of_every_architecture(device: str, kernels: Kernels) -> None:
+    """The sums of the losses do not depend on the device, and shared memory is never more than there is."""
+    for op in (FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX):
+        for classes, element_bytes in itertools.product((10, 1000, 32000, 262144), (2, 4, 8)):
+            problem = rows(4096, classes, element_bytes)
+            plan, on_h100 = kernels.plan(op, problem, DEVICES[device]), kernels.plan(op, problem)
+            assert (plan.rows_per_chunk, plan.chunks) == (on_h100.rows_per_chunk, on_h100.chunks)
+            assert plan.shared_bytes + (3 << 10) <= DEVICES[device].shared_bytes
 
 
-@pytest.mark.parametrize(("inner", "threads"), [(1, 32), (32, 32), (33, 64), (65, 128), (129, 256), (10**6, 256)])
-def test_planes(kernels: Kernels, inner: int, threads: int) -> None:
-    extent = Extent(3, 19, inner)
-    plans = [kernels.plan("reduction", extent, PLANES), kernels.plan("rows", extent, PLANES)]
-    plans.append(kernels.plan("streaming", extent, PLANES, 2))
-    for plan in plans:
-        assert fields(plan) == ("planes", threads, 1, threads, 0)
-        assert plan.blocks == 3 * -(-inner // threads)
+SIZES = [n + d for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 2048, 8192, 50257, 2**31) for d in (-1, 0, 1) if n + d]
+COUNTS = [1, 2, 7, 33, 128, 1000, 2**20, 2**20 + 1, 2**31 + 1, 2**37]
 
 
-@pytest.mark.parametrize("name", ["reduction", "rows", "streaming"])
-@pytest.mark.parametrize("layout", [ROWS, PLANES])
-def test_invariants(kernels: Kernels, name: str, layout: int) -> None:
-    for classes, outer, inner in itertools.product(SIZES, COUNTS, [1, 2, 63, 1025, 2**22]):
-        for element_bytes in (2, 4, 8) if name == "streaming" else (0,):
-            extent = Extent(outer, classes, inner)
-            plan = kernels.plan(name, extent, layout, *([element_bytes] if element_bytes else []))
-            where = f"{outer} x {classes} x {inner}, {element_bytes} bytes: {fields(plan)}, {plan.blocks} blocks"
-            assert FAMILIES[plan.family] == "planes" if layout == PLANES else "rows" in FAMILIES[plan.family], where
-            assert plan.threads in (32, 64, 128, 256, 512), where
-            assert plan.threads_per_row * plan.rows_per_block == plan.threads, where
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX])
+@pytest.mark.parametrize("element_bytes", [2, 4, 8])
+def test_invariants_of_rows(op: int, element_bytes: int, kernels: Kernels) -> None:
+    for classes, count, dense, aligned in itertools.product(SIZES, COUNTS, (False, True), (False, True)):
+        for device in (H100, DEVICES["sm_75"]):
+            plan = kernels.plan(op, rows(count, classes, element_bytes, dense, aligned), device)
+            where = f"{count} x {classes}, {element_bytes} bytes: {fields(plan)}, {plan.chunks} chunks"
+            assert plan.threads in (128, 256), where
             assert plan.threads_per_row.bit_count() == 1, where
-            # Rows are summed by a warp, by part of one, or by the whole block.
-            assert plan.threads_per_row <= 32 or plan.threads_per_row == plan.threads or name == "streaming", where
-            if FAMILIES[plan.family] == "register rows":
-                assert plan.values_per_thread in (1, 2, 4, 8), where
-                assert plan.values_per_thread * plan.threads_per_row >= classes, where
-            units = outer * -(-inner // plan.threads) if layout == PLANES else -(-extent.rows // plan.rows_per_block)
-            # One block for each unit of work, or so many that walking on is no loss.
-            assert plan.blocks == units or 2**16 < plan.blocks < min(units, MOST_BLOCKS), where
+            family = FAMILIES[plan.family]
+            assert plan.rows_at_once * plan.threads_per_row == plan.threads, where
+            if family == "tile rows":
+                assert dense, where
+                assert classes <= 32, where
+            if family == "register rows":
+                held = plan.threads_per_row * (4 if element_bytes == 2 else 8) * (16 // element_bytes)
+                assert plan.threads_per_row <= 32, where
+                assert held >= classes + (0 if aligned else 16 // element_bytes - 1), where
+            if family == "block rows" and op != BACKWARD:
+                assert plan.threads_per_row == plan.threads, where
+            assert 1 <= plan.splits <= 64, where
+            if plan.splits > 1:
+                assert plan.rows_at_once == plan.rows_per_chunk == 1, where
+                assert count <= 1024, where
+            assert plan.rows_per_chunk % plan.rows_at_once == 0, where
+            assert (plan.chunks - 1) * plan.rows_per_chunk < count <= plan.chunks * plan.rows_per_chunk, where
+            assert plan.chunks <= 4096 or op == BACKWARD, where
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX])
+def test_invariants_of_planes(op: int, kernels: Kernels) -> None:
+    for outer, inner, has_terms in itertools.product(COUNTS, [1, 2, 63, 64, 1025, 2**22], (False, True)):
+        for element_bytes in (2, 4, 8):
+            plan = kernels.plan(op, planes(outer, 19, inner, element_bytes, has_terms))
+            where = f"{outer} x {inner}, {element_bytes} bytes: {fields(plan)}, {plan.chunks} chunks"
+            assert plan.threads == 256, where
+            assert plan.threads_per_row in (32, 64, 128, 256), where
+            assert plan.rows_at_once == plan.threads_per_row * plan.vector_elements, where
+            if plan.vector_elements > 1:
+                assert plan.threads_per_row == plan.threads, where
+                assert not has_terms, where
+                assert inner % plan.vector_elements == 0, where
+            tiles = outer * -(-inner // plan.rows_at_once)
+            assert (plan.chunks - 1) * plan.rows_per_chunk < tiles <= plan.chunks * plan.rows_per_chunk, where

@@ -20,6 +20,12 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -41,6 +47,7 @@ extern unsigned most_blocks;
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*body)(const void*),
             const void* arguments);
 void add_shared(void* p, size_t bytes);
+uint4* dynamic_shared_memory();
 
 enum class Vote { kNone, kCount, kOr, kAnd };
 int block_barrier(const char* name, Vote vote, int predicate);
@@ -86,6 +93,9 @@ void launch_kernel(const char* name, Kernel kernel, dim3 grid, dim3 block, size_
 #define SHARED_ARRAY(T, name, n)                          \
   static cuda_emulator::SharedArray<T, n> name##_storage; \
   T(&name)[n] = name##_storage.values
+
+#define DYNAMIC_SHARED(name) uint4* const name = cuda_emulator::dynamic_shared_memory()
+#define ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
 
 #define threadIdx (cuda_emulator::thread_index)
 #define blockIdx (cuda_emulator::block_index)
@@ -164,6 +174,10 @@ T __ldg(const T* p) {
   return *p;
 }
 template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <typename T>
 T __ldcs(const T* p) {
   return *p;
 }
@@ -171,3 +185,7 @@ template <typename T>
 void __stcs(T* p, T v) {
   *p = v;
 }
+
+namespace nllx {
+inline float exp2_approximate(float x) { return std::exp2(x); }
+}  // namespace nllx

@@ -1,0 +1,520 @@
+// Loss and statistics of rows whose classes are adjacent in memory, in one read of the logits; and their gradient in
+// the same pass, if asked for, in place if it lies where the logits do.
+#pragma once
+
+#include "loss_sum.cuh"
+#include "row_gradient.cuh"
+
+namespace nllx {
+
+template <typename T>
+__device__ __forceinline__ IndexTarget<typename AccOf<T>::type> row_target(const CrossEntropyForward& p, int64_t row) {
+  using acc = typename AccOf<T>::type;
+  return p.targets.index ? index_target<acc>(p.targets, p.extent.classes, row)
+                         : IndexTarget<acc>{0, true, false, acc(1)};
+}
+
+// The same in two steps, so that an index can be loaded long before it is needed.
+template <typename T>
+__device__ __forceinline__ IndexTarget<typename AccOf<T>::type> row_target_of(const CrossEntropyForward& p,
+                                                                              int64_t index) {
+  using acc = typename AccOf<T>::type;
+  return p.targets.index ? target_of_index<acc>(p.targets, p.extent.classes, index)
+                         : IndexTarget<acc>{0, true, false, acc(1)};
+}
+__device__ __forceinline__ int64_t row_index(const CrossEntropyForward& p, int64_t row) {
+  return p.targets.index ? load_index(p.targets.index, p.targets.index_type, row) : int64_t(0);
+}
+
+// Writes what one thread knows of a whole row, and adds its loss.
+template <typename T>
+__device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t row,
+                                           const RowState<typename AccOf<T>::type>& s,
+                                           const IndexTarget<typename AccOf<T>::type>& y,
+                                           typename AccOf<T>::type target_logit, BadTarget* bad, LossTerms& sum) {
+  using acc = typename AccOf<T>::type;
+  RowStats<acc> stats{0, 0};
+  acc loss = 0;
+  if (y.counts) {
+    stats = s.stats();
+    const acc scale = static_cast<acc>(1. - p.targets.label_smoothing);
+    loss = row_loss_of(s, stats, has_terms(p.targets), p.targets.index != nullptr, scale * y.weight, target_logit);
+  } else if (y.bad) {
+    report_bad_target(bad, row, y.index, p.extent.classes, p.targets.ignore_index);
+    minus_infinity(loss);
+    loss -= loss;  // NaN
+  }
+  if (p.row_loss) store_row_loss<T>(p.row_loss, p.row_loss_is_acc, row, loss);
+  static_cast<RowStats<acc>*>(p.row_stats)[row] = stats;
+  sum.add(loss, y.weight);
+}
+
+template <typename T>
+__device__ __forceinline__ RowGradient<T> row_gradient(const CrossEntropyForward& p, const CrossEntropyBackward& b,
+                                                       int64_t row, int64_t outer, int64_t inner,
+                                                       const IndexTarget<typename AccOf<T>::type>& y,
+                                                       const RowState<typename AccOf<T>::type>& s, bool coefficients) {
+  using acc = typename AccOf<T>::type;
+  const acc k = incoming_gradient<acc>(b.grad_output, b.grad_output_stride, b.total_weight, row);
+  return RowGradient<T>(p.targets, p.extent.classes, outer, inner, y, s.mass, k, s.stats(), coefficients);
+}
+
+// The rows [first, end) of a dense array between device and shared memory, 16 bytes at a time. `tile` lies as far past
+// a 16-byte boundary as the first row does.
+template <typename T>
+__device__ __forceinline__ void load_tile(const T* rows, int n, Vector<T>* tile) {
+  const int past = elements_past_boundary(rows);
+  for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += blockDim.x)
+    tile[v] = load_vector(rows, v * Vector<T>::kSize - past, n);
+}
+template <typename T>
+__device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile, int past) {
+  const bool aligned = past == elements_past_boundary(rows);
+  if (aligned) {
+    for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += blockDim.x)
+      store_vector(rows, v * Vector<T>::kSize - past, n, tile[v], true);
+  } else {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) rows[i] = reinterpret_cast<const T*>(tile)[past + i];
+  }
+}
+
+// A row of at most kMost classes of a tile, in the registers of a thread: -inf beyond its classes. The thread walks
+// around its row from a class of its own: with rows of an even number of 4-byte words, threads that all begin at their
+// first class would meet in few of the memory's banks.
+template <typename T, int kMost>
+struct TileRow {
+  using acc = typename AccOf<T>::type;
+  acc values[kMost];
+  int start;
+  __device__ __forceinline__ TileRow(const T* x, int classes)
+      : start(classes * static_cast<int>(sizeof(T)) % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0) {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      minus_infinity(values[i]);
+      if (i < classes) values[i] = to_acc(x[class_of(i, classes)]);
+    }
+  }
+  // Of values[i].
+  __device__ __forceinline__ int class_of(int i, int classes) const {
+    return start + i < classes ? start + i : start + i - classes;
+  }
+};
+
+// Unit of work: kTileThreads neighbouring rows by a block, a thread each, from shared memory. Reads each logit once, 16
+// bytes at a time. Preconditions: dense rows of at most kMost classes. Plan: CudaFamily::kTileRows.
+template <typename T, int kMost>
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2
+                                                : kMost > 16   ? 5
+                                                               : 6)
+    cross_entropy_tile_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
+                                   int64_t rows_per_chunk, BadTarget* bad) {
+  using acc = typename AccOf<T>::type;
+  SHARED_ARRAY(Vector<T>, tile, kTileThreads * kMost / Vector<T>::kSize + 1);
+  SHARED_ARRAY(double, scratch, 32);
+  const int classes = static_cast<int>(p.extent.classes);
+  const int64_t rows = p.extent.rows(), chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  const bool terms = has_terms(p.targets);
+  unsigned done = 0;
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
+    const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
+    LossTerms sum;
+    for (int64_t first = begin; first < end; first += kTileThreads) {
+      const int64_t row = first + threadIdx.x;
+      const int n = static_cast<int>(end - first < kTileThreads ? end - first : kTileThreads) * classes;
+      const T* logits = static_cast<const T*>(p.logits) + first * classes;
+      const int past = elements_past_boundary(logits);
+      const IndexTarget<acc> y = row < end ? row_target<T>(p, row) : IndexTarget<acc>{0, false, false, acc(0)};
+      __syncthreads();  // the tile before may still be read
+      load_tile(logits, n, tile);
+      __syncthreads();  // the tile is there
+      T* x = reinterpret_cast<T*>(tile) + past + (row < end ? threadIdx.x : 0) * classes;
+      const TileRow<T, kMost> values(x, classes);
+      int64_t outer = 0, inner = 0;
+      RowState<acc> s = RowState<acc>::empty();
+      if (row < end) {
+        if (y.counts) {
+          split_row(p.extent, row, outer, inner);
+#pragma unroll
+          for (int i = 0; i < kMost; ++i) s.max = larger(s.max, values.values[i]);
+          const ClassTerms<T> a(p.targets, classes, outer, inner);
+          const acc m = finite_max(s.max);
+#pragma unroll
+          for (int i = 0; i < kMost; ++i) {
+            const acc shifted = values.values[i] - m;
+            s.sum += exp_of_many(shifted);  // 0 beyond the row
+            if (terms && i < classes) {
+              const acc term = a(values.class_of(i, classes));
+              s.dot += weighted(term, shifted);
+              s.mass += term;
+            }
+          }
+        }
+        finish_row<T>(p, row, s, y, p.targets.index && y.counts ? to_acc(x[y.index]) : acc(0), bad, sum);
+      }
+      if (b.grad_logits) {
+        if (row < end) {
+          const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, terms);
+#pragma unroll
+          for (int i = 0; i < kMost; ++i) {
+            const int c = values.class_of(i, classes);
+            if (i < classes) x[c] = from_acc<T>(gradient(values.values[i], c));
+          }
+        }
+        __syncthreads();  // the gradient is there
+        store_tile(static_cast<T*>(b.grad_logits) + first * classes, n, tile, past);
+      }
+    }
+    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+  }
+  finish_loss<T>(r, p.targets, chunks, done, scratch);
+}
+
+// Unit of work: a row by `threads_per_row` threads of a warp, which hold it in registers: the maximum is known before
+// the sum. Reads each logit once, 16 bytes at a time at any alignment. As many rows as a group has threads follow each
+// other, and each thread knows the target of one of them and finishes it: the loop over the rows has nothing to wait
+// for but logits, and those of the next row are on their way while one is worked on. Preconditions: class stride 1, and
+// the row spans at most threads_per_row * kVectors aligned vectors. Plan: CudaFamily::kRegisterRows.
+template <typename T, bool kTerms, bool kGrad>
+__global__ void __launch_bounds__(kRegisterThreads, sizeof(T) == 8 ? 2 : 4)
+    cross_entropy_register_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
+                                       int threads_per_row, int64_t rows_per_chunk, BadTarget* bad) {
+  using acc = typename AccOf<T>::type;
+  constexpr int kVectors = register_vectors(sizeof(T)), kSize = Vector<T>::kSize;
+  constexpr bool kAhead = !kTerms && !kGrad && sizeof(T) < 8;
+  constexpr unsigned kAll = 0xffffffffu;
+  SHARED_ARRAY(double, scratch, 32);
+  const int lane = threadIdx.x % threads_per_row, group = threadIdx.x / threads_per_row;
+  const int rows_at_once = kRegisterThreads / threads_per_row, classes = static_cast<int>(p.extent.classes);
+  const int64_t rows = p.extent.rows(), chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  const auto row_of = [&](int64_t row) {
+    int64_t outer, inner;
+    split_row(p.extent, row, outer, inner);
+    return static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
+  };
+  // The vectors of a row that this thread holds; -inf where the row has none, or is not wanted.
+  const auto load = [&](Vector<T>* values, int64_t row, bool wanted) {
+    const T* x = row_of(wanted ? row : 0);
+    const int first = lane * kSize - elements_past_boundary(x);
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j)
+      values[j] = load_vector(x, first + j * threads_per_row * kSize, wanted ? classes : 0);
+  };
+  unsigned done = 0;
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
+    const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
+    LossTerms sum;
+    // Every thread stays in the loops until the block's rows are done: the shuffles need whole warps.
+    for (int64_t first = begin; first < end; first += kRegisterThreads) {
+      const int64_t mine = first + lane * rows_at_once + group;
+      const IndexTarget<acc> y = mine < end ? row_target<T>(p, mine) : IndexTarget<acc>{0, false, false, acc(0)};
+      const acc target_logit = p.targets.index && y.counts ? to_acc(row_of(mine)[y.index]) : acc(0);
+      RowState<acc> s = RowState<acc>::empty();  // of `mine`
+      if (kGrad) __syncwarp();                   // the targets' logits have been read, which gradients may overwrite
+      const int turns =
+          static_cast<int>(end - first < kRegisterThreads ? (end - first + rows_at_once - 1) / rows_at_once
+                                                          : static_cast<int64_t>(threads_per_row));
+      const auto wanted = [&](int turn) {
+        return __shfl_sync(kAll, static_cast<int>(y.counts), turn < threads_per_row ? turn : 0, threads_per_row) != 0 &&
+               turn < turns;
+      };
+      Vector<T> ahead[kAhead ? kVectors : 1];
+      bool wanted_ahead = false;
+      if (kAhead) {
+        wanted_ahead = wanted(0);
+        load(ahead, first + group, wanted_ahead);
+      }
+      for (int turn = 0; turn < turns; ++turn) {
+        const int64_t row = first + turn * rows_at_once + group;
+        Vector<T> values[kVectors];
+        if (kAhead) {
+#pragma unroll
+          for (int j = 0; j < kVectors; ++j) values[j] = ahead[kAhead ? j : 0];
+          wanted_ahead = wanted(turn + 1);
+          load(ahead, row + rows_at_once, wanted_ahead);
+        } else {
+          load(values, row, wanted(turn));
+        }
+        RowState<acc> of_row = RowState<acc>::empty();
+        Vector<T> largest = values[0];
+#pragma unroll
+        for (int j = 1; j < kVectors; ++j) largest = larger(largest, values[j]);
+        of_row.max = max_in_warp(larger(of_row.max, largest_of(largest)), threads_per_row);
+        const acc m = finite_max(of_row.max);
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          acc part = 0;
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) part += exp_of_many(values[j][i] - m);  // 0 beyond the row
+          of_row.sum += part;
+        }
+        of_row.sum = sum_in_warp(of_row.sum, threads_per_row);
+        const bool counts = kTerms || kGrad ? wanted(turn) : false;
+        int64_t outer = 0, inner = 0;
+        if (kTerms || kGrad) split_row(p.extent, counts ? row : int64_t(0), outer, inner);
+        const int past = kTerms || kGrad ? elements_past_boundary(row_of(counts ? row : int64_t(0))) : 0;
+        if (kTerms) {
+          if (counts) {
+            const ClassTerms<T> a(p.targets, classes, outer, inner);
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+              for (int i = 0; i < kSize; ++i) {
+                const int c = (lane + j * threads_per_row) * kSize - past + i;
+                if (c < 0 || c >= classes) continue;
+                const acc term = a(c);
+                of_row.dot += weighted(term, values[j][i] - m);
+                of_row.mass += term;
+              }
+            }
+          }
+          of_row.dot = sum_in_warp(of_row.dot, threads_per_row);
+          of_row.mass = sum_in_warp(of_row.mass, threads_per_row);
+        }
+        if (lane == turn) s = of_row;
+        if (kGrad) {
+          // A row that does not count gets zeros.
+          IndexTarget<acc> target;
+          target.index = __shfl_sync(kAll, static_cast<int>(y.index), turn, threads_per_row);
+          target.weight = __shfl_sync(kAll, y.weight, turn, threads_per_row);
+          target.counts = counts;
+          target.bad = false;
+          if (row < end) {
+            split_row(p.extent, row, outer, inner);
+            const int from = elements_past_boundary(row_of(row));
+            T* grad = static_cast<T*>(b.grad_logits) + outer * b.grad_strides.outer + inner * b.grad_strides.inner;
+            const bool aligned = from == elements_past_boundary(grad);
+            const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, target, of_row, kTerms);
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) {
+              const int c = (lane + j * threads_per_row) * kSize - from;
+              if (c < classes) store_vector(grad, c, classes, gradient(values[j], c), aligned);
+            }
+          }
+        }
+      }
+      if (mine < end) finish_row<T>(p, mine, s, y, target_logit, bad, sum);
+    }
+    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+  }
+  finish_loss<T>(r, p.targets, chunks, done, scratch);
+}
+
+// The state of the classes [0, classes) of `x`, of those that thread `t` of `threads` takes; `a` of class c is
+// a(offset + c). keep(c, vector) is told the vectors that it has read.
+template <typename T, bool kTerms, bool kAhead, int kMost, typename Keep>
+__device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const T* x, int64_t classes, int64_t offset,
+                                                                          const ClassTerms<T>& a, int t, int threads,
+                                                                          Keep keep) {
+  using acc = typename AccOf<T>::type;
+  constexpr int kSize = Vector<T>::kSize, kCount = kTerms || sizeof(T) == 8 ? 2 : kMost;
+  RowState<acc> s = RowState<acc>::empty();
+  for_classes<T, kCount, kAhead>(
+      x, classes, t, threads,
+      [&](int64_t c) {
+        const acc value = to_acc(x[c]);
+        s.raise_max(value);
+        s.template add_below_max<kTerms>(value, kTerms ? a(offset + c) : acc(0));
+      },
+      [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
+        Vector<T> largest = vectors[0];
+#pragma unroll
+        for (int j = 1; j < kCount; ++j) largest = larger(largest, vectors[j]);
+        s.raise_max(largest_of(largest));
+        const acc m = finite_max(s.max);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          acc part = 0, dot = 0, mass = 0;  // of a vector first: fewer additions to a large sum
+          const bool exists = c + j * step < tail;
+          if (exists) keep(c + j * step, vectors[j]);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) part += exp_of_many(vectors[j][i] - m);  // 0 beyond the row
+          if (kTerms && exists) {
+            if (a.are_equal()) {
+#pragma unroll
+              for (int i = 0; i < kSize; ++i) dot += vectors[j][i] - m;
+              dot *= a.uniform;
+              mass = a.uniform * kSize;
+            } else {
+              acc terms[kSize];
+              a.load(offset + c + j * step, terms);
+#pragma unroll
+              for (int i = 0; i < kSize; ++i) {
+                dot += weighted(terms[i], vectors[j][i] - m);
+                mass += terms[i];
+              }
+            }
+          }
+          s.sum += part;
+          if (kTerms) {
+            s.dot += dot;
+            s.mass += mass;
+          }
+        }
+      });
+  return s;
+}
+
+struct KeepNothing {
+  template <typename T>
+  __device__ __forceinline__ void operator()(int64_t, const Vector<T>&) const {}
+};
+
+// The part of a row that one of `splits` blocks takes.
+struct RowPart {
+  int64_t begin, end;
+  __device__ __forceinline__ RowPart(int64_t classes, int splits, int part, int granule) {
+    const int64_t size = (classes + splits - 1) / splits, rounded = (size + granule - 1) / granule * granule;
+    begin = part * rounded < classes ? part * rounded : classes;
+    end = begin + rounded < classes ? begin + rounded : classes;
+  }
+};
+
+// Unit of work: a row by a block, or a part of one by each of `splits` blocks, the last of which to finish merges them.
+// Reads each logit once, 16 bytes at a time at any alignment, kVectorsAtOnce loads of a thread in flight. Precondition:
+// class stride 1. Plan: CudaFamily::kBlockRows.
+template <typename T, bool kTerms>
+__global__ void __launch_bounds__(256, kTerms || sizeof(T) == 8 ? 2
+                                       : sizeof(T) == 2         ? 3
+                                                                : 4)
+    cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int64_t rows_per_chunk,
+                                    BadTarget* bad) {
+  using acc = typename AccOf<T>::type;
+  SHARED_ARRAY(RowState<acc>, states, 32);
+  SHARED_ARRAY(double, scratch, 32);
+  const int64_t rows = p.extent.rows(), classes = p.extent.classes;
+  const int64_t chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  unsigned done = 0;
+  for (int64_t unit = blockIdx.x; unit < chunks * splits; unit += gridDim.x) {
+    const int64_t chunk = unit / splits;
+    const int part = static_cast<int>(unit - chunk * splits);
+    const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
+    int64_t next = row_index(p, begin);
+    LossTerms sum;
+    bool finishes = true;
+    for (int64_t row = begin; row < end; ++row) {
+      const IndexTarget<acc> y = row_target_of<T>(p, next);
+      if (row + 1 < end) next = row_index(p, row + 1);  // otherwise that row would wait for it
+      int64_t outer, inner;
+      split_row(p.extent, row, outer, inner);
+      const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
+      RowState<acc> s = RowState<acc>::empty();
+      acc target_logit = 0;
+      if (y.counts) {  // the same for all threads of the block
+        if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
+        const ClassTerms<T> a(p.targets, classes, outer, inner);
+        const RowPart mine(classes, splits, part, Vector<T>::kSize);
+        s = state_of_row<T, kTerms, false, kVectorsAtOnce>(x + mine.begin, mine.end - mine.begin, mine.begin, a,
+                                                           threadIdx.x, blockDim.x, KeepNothing());
+        merge_in_block(s, states);
+      }
+      if (splits > 1) {  // rows_per_chunk is 1
+        RowState<acc>* parts = static_cast<RowState<acc>*>(r.row_parts) + row * splits;
+        if (threadIdx.x == 0) parts[part] = s;
+        finishes = completes(r.counters + 1 + row, 1, static_cast<unsigned>(splits));
+        if (!finishes) break;
+        s = RowState<acc>::empty();
+        for (int i = threadIdx.x % 32; i < splits; i += 32) {
+          s.merge({__ldcg(&parts[i].max), __ldcg(&parts[i].sum), __ldcg(&parts[i].dot), __ldcg(&parts[i].mass)});
+        }
+        merge_in_warp(s, 32);
+      }
+      if (threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
+    }
+    if (!finishes) continue;
+    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+    ++done;
+  }
+  finish_loss<T>(r, p.targets, chunks, done, scratch);
+}
+
+// Unit of work: a row by a block, and its gradient. The first `kept` vectors of the row stay in dynamic shared memory,
+// each read by the thread that wrote it; the rest is read again, soon enough that it is in the second-level cache.
+// Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
+template <typename T, bool kTerms>
+__global__ void __launch_bounds__(256, kTerms || sizeof(T) == 8 ? 2
+                                       : sizeof(T) == 2         ? 3
+                                                                : 4)
+    cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
+                                                   int kept, int64_t rows_per_chunk, BadTarget* bad) {
+  using acc = typename AccOf<T>::type;
+  constexpr int kSize = Vector<T>::kSize, kAtOnce = sizeof(T) == 2 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
+  DYNAMIC_SHARED(memory);
+  Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
+  SHARED_ARRAY(RowState<acc>, states, 32);
+  SHARED_ARRAY(double, scratch, 32);
+  const int64_t rows = p.extent.rows(), classes = p.extent.classes;
+  const int64_t chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  unsigned done = 0;
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
+    const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
+    LossTerms sum;
+    for (int64_t row = begin; row < end; ++row) {
+      const IndexTarget<acc> y = row_target<T>(p, row);
+      int64_t outer, inner;
+      split_row(p.extent, row, outer, inner);
+      const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
+      T* grad = static_cast<T*>(b.grad_logits) + outer * b.grad_strides.outer + inner * b.grad_strides.inner;
+      const RowVectors<T> part(x, classes);
+      const int64_t head = part.head, body = (part.tail - head) / kSize;
+      RowState<acc> s = RowState<acc>::empty();
+      acc target_logit = 0;
+      if (y.counts) {  // the same for all threads of the block
+        // Before a barrier: the gradient may overwrite it.
+        if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
+        const ClassTerms<T> a(p.targets, classes, outer, inner);
+        s = state_of_row<T, kTerms, false, kVectorsAtOnce>(x, classes, 0, a, threadIdx.x, blockDim.x,
+                                                           [&](int64_t c, const Vector<T>& v) {
+                                                             const int64_t index = (c - head) / kSize;
+                                                             if (index < kept) keep[index] = v;
+                                                           });
+        merge_in_block(s, states);
+      }
+      if (threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
+      const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, kTerms);
+      const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
+      const T* vectors = x + head;
+      const int64_t threads = blockDim.x;
+      // As for_classes deals them out: each thread meets the vectors that it has kept.
+      for (int64_t v = threadIdx.x; v < body; v += kAtOnce * threads) {
+        Vector<T> values[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int64_t index = v + j * threads;
+          if (index < body)
+            values[j] = y.counts && index < kept ? keep[index] : Vector<T>::load(vectors + index * kSize);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int64_t index = v + j * threads, c = head + index * kSize;
+          if (index < body) store_vector(grad, c, classes, gradient(values[j], c), aligned);
+        }
+      }
+      for (int64_t c = threadIdx.x; c < head; c += threads) grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
+      for (int64_t c = head + body * kSize + threadIdx.x; c < classes; c += threads)
+        grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
+    }
+    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+  }
+  finish_loss<T>(r, p.targets, chunks, done, scratch);
+}
+
+// The divisor of the mean before the losses are known: the sum of the targets' weights, or the number of rows of
+// probabilities. Unit of work: kRowsPerChunk rows by a block.
+constexpr int64_t kDivisorRowsPerChunk = 4096;
+template <typename T>
+__global__ void __launch_bounds__(512, 1) cross_entropy_divisor_kernel(CrossEntropyForward p, LossReduction r) {
+  using acc = typename AccOf<T>::type;
+  SHARED_ARRAY(double, scratch, 32);
+  const int64_t rows = p.extent.rows(), chunks = (rows + kDivisorRowsPerChunk - 1) / kDivisorRowsPerChunk;
+  unsigned done = 0;
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
+    const int64_t begin = chunk * kDivisorRowsPerChunk;
+    const int64_t end = begin + kDivisorRowsPerChunk < rows ? begin + kDivisorRowsPerChunk : rows;
+    LossTerms sum;
+    for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) sum.add(acc(0), row_target<T>(p, row).weight);
+    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+  }
+  finish_loss<T>(r, p.targets, chunks, done, scratch);
+}
+
+}  // namespace nllx

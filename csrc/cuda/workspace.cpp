@@ -1,0 +1,39 @@
+#include "workspace.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace nllx {
+
+CudaDevice current_cuda_device() {
+  const int device = c10::cuda::current_device();
+  CudaDevice properties;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return properties;
+}
+
+unsigned* zero_counters(const at::TensorOptions& options, cudaStream_t stream, at::Tensor& owner) {
+  const auto allocate = [&] { return at::zeros({kCounters}, options.dtype(at::kInt)); };
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    owner = allocate();
+  } else {
+    static std::mutex mutex;
+    // Never destroyed: at the end of the process the allocator may be gone before.
+    static auto* counters = new std::map<std::pair<int, cudaStream_t>, at::Tensor>();
+    const std::lock_guard<std::mutex> lock(mutex);
+    at::Tensor& of_stream = (*counters)[{c10::cuda::current_device(), stream}];
+    if (!of_stream.defined()) of_stream = allocate();
+    owner = of_stream;
+  }
+  return reinterpret_cast<unsigned*>(owner.mutable_data_ptr<int>());
+}
+
+}  // namespace nllx
