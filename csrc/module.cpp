@@ -2,7 +2,11 @@
 #include <c10/macros/Macros.h>
 #include <pybind11/pybind11.h>
 
+#include <map>
+#include <string>
+
 #include "cpu/capability.h"
+#include "cuda/plan.h"
 #include "python_calls.h"
 
 #ifndef NLLX_CUDA_ARCHITECTURES
@@ -38,11 +42,51 @@ pybind11::dict build_info() {
   return info;
 }
 
+pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, int64_t inner, int element_bytes,
+                         bool planes, bool dense, bool aligned, bool has_terms, int multiprocessors, int shared_bytes) {
+  const std::map<std::string, nllx::CudaOp> ops = {{"forward", nllx::CudaOp::kForward},
+                                                   {"backward", nllx::CudaOp::kBackward},
+                                                   {"value_and_grad", nllx::CudaOp::kValueAndGrad},
+                                                   {"log_softmax", nllx::CudaOp::kLogSoftmax}};
+  const auto found = ops.find(op);
+  if (found == ops.end()) throw pybind11::value_error("nllx: no operation '" + op + "' has a plan");
+  nllx::CudaProblem problem;
+  problem.extent = {outer, classes, inner};
+  problem.layout = planes ? nllx::Layout::kPlanes : nllx::Layout::kRows;
+  problem.dense = dense;
+  problem.aligned = aligned;
+  problem.has_terms = has_terms;
+  problem.element_bytes = element_bytes;
+  const nllx::CudaPlan plan = nllx::cuda_plan(found->second, problem, {multiprocessors, shared_bytes});
+  const char* const families[] = {"tile_rows", "register_rows", "block_rows", "planes"};
+  pybind11::dict fields;
+  fields["family"] = families[static_cast<int>(plan.family)];
+  fields["threads"] = plan.threads;
+  fields["threads_per_row"] = plan.threads_per_row;
+  fields["rows_at_once"] = plan.rows_at_once;
+  fields["vector_elements"] = plan.vector_elements;
+  fields["splits"] = plan.splits;
+  fields["shared_bytes"] = plan.shared_bytes;
+  fields["rows_per_chunk"] = plan.rows_per_chunk;
+  fields["chunks"] = plan.chunks;
+  fields["reason"] = plan.reason;
+  return fields;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of nllx. Loading it registers the operators torch.ops.nllx.*.";
   nllx::add_python_calls(m.ptr());
+  namespace py = pybind11;
+  m.def(
+      "cuda_plan", &cuda_plan, py::arg("op"), py::kw_only(), py::arg("outer"), py::arg("classes"), py::arg("inner") = 1,
+      py::arg("element_bytes") = 4, py::arg("planes") = false, py::arg("dense") = true, py::arg("aligned") = true,
+      py::arg("has_terms") = false, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 << 10,
+      "Which CUDA kernel solves a problem, and how; see csrc/cuda/plan.h. op: 'forward', 'backward', 'value_and_grad' "
+      "or 'log_softmax'. The problem is an array (outer, classes, inner); dense: rows follow each other without gaps; "
+      "aligned: they, or the classes of planes, begin at 16-byte boundaries; has_terms: smoothing or probabilities. "
+      "multiprocessors, shared_bytes (a block's): of the GPU, by default an H100's. Raises ValueError for another op.");
   m.def("build_info", &build_info, "What this binary was built with: torch, compiler, cuda, cuda_architectures.");
   m.def(
       "cpu_capability", [] { return nllx::cpu_capability().name; },

@@ -8,6 +8,32 @@ class BuildInfo(TypedDict):
     cuda: str | None
     cuda_architectures: str
 
+class CudaPlan(TypedDict):
+    family: str
+    threads: int
+    threads_per_row: int
+    rows_at_once: int
+    vector_elements: int
+    splits: int
+    shared_bytes: int
+    rows_per_chunk: int
+    chunks: int
+    reason: str
+
+def cuda_plan(
+    op: str,
+    *,
+    outer: int,
+    classes: int,
+    inner: int = 1,
+    element_bytes: int = 4,
+    planes: bool = False,
+    dense: bool = True,
+    aligned: bool = True,
+    has_terms: bool = False,
+    multiprocessors: int = 132,
+    shared_bytes: int = ...,
+) -> CudaPlan: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def cross_entropy(

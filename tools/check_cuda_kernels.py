@@ -1,6 +1,7 @@
 """Compiles every CUDA source for every architecture and checks what ptxas says of the kernels.
 
-Fails where a kernel spills registers to memory or uses more of them than its budget below. Needs nvcc and the headers
+Fails where a kernel spills registers to memory, uses more of them or of shared memory than its budget below, or moves
+single elements where it should move 16 bytes. Needs nvcc and the headers
 of any build of torch; no GPU, no CUDA build of torch.
 
     python tools/check_cuda_kernels.py          # the table, exit status 1 on a failure
@@ -32,27 +33,48 @@ ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 # The most registers a thread of each kernel may use, over all of its instantiations (float64 needs the most). They are
 # allocated in steps of 8, and 65536 of them per multiprocessor leave room for 2048 / budget warps.
 REGISTER_BUDGETS = {
-    "checked_target_kernel": 255,
-    "cross_entropy_backward_planes_kernel": 255,
-    "cross_entropy_backward_rows_kernel": 255,
-    "cross_entropy_backward_tile_rows_kernel": 255,
-    "cross_entropy_block_rows_kernel": 255,
-    "cross_entropy_divisor_kernel": 255,
-    "cross_entropy_planes_kernel": 255,
-    "cross_entropy_register_rows_kernel": 255,
-    "cross_entropy_tile_rows_kernel": 255,
-    "cross_entropy_value_and_grad_block_rows_kernel": 255,
-    "log_softmax_backward_block_rows_kernel": 255,
-    "log_softmax_backward_planes_kernel": 255,
-    "log_softmax_backward_register_rows_kernel": 255,
-    "log_softmax_forward_block_rows_kernel": 255,
-    "log_softmax_forward_planes_kernel": 255,
-    "log_softmax_forward_register_rows_kernel": 255,
-    "nll_loss_backward_kernel": 255,
-    "nll_loss_forward_kernel": 255,
-    "probability_mass_planes_kernel": 255,
-    "probability_mass_rows_kernel": 255,
+    "checked_target_kernel": 40,
+    "cross_entropy_backward_planes_kernel": 96,
+    "cross_entropy_backward_rows_kernel": 96,
+    "cross_entropy_backward_tile_rows_kernel": 56,
+    "cross_entropy_block_rows_kernel": 184,
+    "cross_entropy_divisor_kernel": 56,
+    "cross_entropy_planes_kernel": 208,
+    "cross_entropy_register_rows_kernel": 240,
+    "cross_entropy_tile_rows_kernel": 112,
+    "cross_entropy_value_and_grad_block_rows_kernel": 192,
+    "log_softmax_backward_block_rows_kernel": 96,
+    "log_softmax_backward_planes_kernel": 88,
+    "log_softmax_backward_register_rows_kernel": 168,
+    "log_softmax_forward_block_rows_kernel": 112,
+    "log_softmax_forward_planes_kernel": 128,
+    "log_softmax_forward_register_rows_kernel": 168,
+    "nll_loss_backward_kernel": 48,
+    "nll_loss_forward_kernel": 80,
+    "probability_mass_planes_kernel": 72,
+    "probability_mass_rows_kernel": 80,
 }
+
+
+# What the plan calls vectors is 16 bytes in one instruction, in every instantiation of these kernels: (loads, stores).
+# Planes move 8 bytes, where their plan says vectors. The check is of the PTX, which ptxas does not split up further.
+VECTORS = {
+    "cross_entropy_backward_rows_kernel": (True, True),
+    "cross_entropy_backward_tile_rows_kernel": (True, True),
+    "cross_entropy_block_rows_kernel": (True, False),
+    "cross_entropy_register_rows_kernel": (True, False),
+    "cross_entropy_tile_rows_kernel": (True, True),
+    "cross_entropy_value_and_grad_block_rows_kernel": (True, True),
+    "log_softmax_backward_block_rows_kernel": (True, True),
+    "log_softmax_backward_register_rows_kernel": (True, True),
+    "log_softmax_forward_block_rows_kernel": (True, True),
+    "log_softmax_forward_register_rows_kernel": (True, True),
+    "nll_loss_backward_kernel": (False, True),
+}
+PTX_ARCHITECTURE = "90"
+
+# Static shared memory of a block: two blocks of the largest fit the 64 KB of the smallest multiprocessor.
+SHARED_BUDGET = 17 << 10
 
 
 @dataclass(frozen=True)
@@ -140,9 +162,22 @@ def failures(usages: Iterable[Usage]) -> list[str]:
             found.append(f"{where} spills {usage.spilled} bytes")
         if budget is None:
             found.append(f"{usage.kernel} has no register budget in {Path(__file__).name}")
+        elif usage.shared > SHARED_BUDGET:
+            found.append(f"{where} has {usage.shared} bytes of static shared memory, the budget is {SHARED_BUDGET}")
         elif usage.registers > budget:
             found.append(f"{where} uses {usage.registers} registers, its budget is {budget}")
     return sorted(set(found))
+
+
+def without_vectors(ptx: str) -> list[str]:
+    """One sentence for every kernel in PTX that should move 16 bytes at once and does not."""
+    found = []
+    for mangled, body in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry |\Z)", ptx, re.DOTALL):
+        name = kernel_name(mangled)
+        for wanted, what, pattern in zip(VECTORS.get(name, ()), ("load", "store"), ("ld", "st"), strict=False):
+            if wanted and not re.search(rf"\b{pattern}\.global\S*\.v4\.", body):
+                found.append(f"{name} ({mangled}) has no 16-byte {what}")
+    return found
 
 
 def print_table(usages: list[Usage]) -> None:
@@ -188,19 +223,27 @@ def main() -> None:
             return
 
         sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
+        kept = Path(folder, "ptx")
         if not sources:
             sys.exit("nllx: no CUDA source was found in csrc/cuda.")
 
         def check(source: Path, architecture: str) -> list[Usage]:
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
             object_file = Path(folder, f"{source.name}.{architecture}.o")
-            return parse_ptxas(compile_source(nvcc, source, [target, "-Xptxas", "-v"], object_file), architecture)
+            flags = [target, "-Xptxas", "-v"]
+            if architecture == PTX_ARCHITECTURE:
+                kept.mkdir(exist_ok=True)
+                flags += ["--keep", "--keep-dir", str(kept)]
+            return parse_ptxas(compile_source(nvcc, source, flags, object_file), architecture)
 
         jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
         usages = [usage for found in pool.map(check, *zip(*jobs, strict=True)) for usage in found]
+        ptx = [path.read_text() for path in sorted(kept.glob("*.ptx"))]
 
     print_table(usages)
-    failed = failures(usages)
+    failed = failures(usages) + [sentence for text in ptx for sentence in without_vectors(text)]
+    if len(ptx) != len(sources):
+        failed.append(f"{len(ptx)} files of PTX for {len(sources)} sources")
     print(
         f"{len(sources)} sources, {len(usages) // len(ARCHITECTURES)} kernels, {len(ARCHITECTURES)} architectures, "
         f"{time.perf_counter() - start:.0f} s, {len(failed)} failures"

@@ -9,9 +9,7 @@ namespace nllx {
 // alignment, kVectorsAtOnce of a thread in flight, and 16-byte writes where gradient and logits are equally aligned.
 // Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kBackward.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 || kTerms ? 2
-                                       : sizeof(T) == 2         ? 3
-                                                                : 4)
+__global__ void __launch_bounds__(256, kTerms ? 2 : 3)
     cross_entropy_backward_rows_kernel(CrossEntropyBackward p, int threads_per_row, int splits, const void* mass,
                                        BadTarget* bad) {
   constexpr int kSize = Vector<T>::kSize, kAtOnce = kTerms || sizeof(T) == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
@@ -38,20 +36,18 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 || kTerms ? 2
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
             const int64_t at = c + j * step;
-            if (at < tail) store_vector(grad, at, n, gradient(vectors[j], mine.begin + at), aligned);
+            if (at < tail) store_whole_vector(grad + at, gradient(vectors[j], mine.begin + at), aligned);
           }
         });
   }
 }
 
 // Unit of work: kTileThreads neighbouring rows by a block, a thread each, in shared memory. Preconditions: dense rows,
-// of logits and gradient, of at most kMost classes. Plan: CudaFamily::kTileRows.
-template <typename T, int kMost>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 3
-                                                : kMost > 16   ? 6
-                                                               : 8)
+// of logits and gradient, of at most most_tile_classes. Plan: CudaFamily::kTileRows.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, resident<T>(8, 8, 4))
     cross_entropy_backward_tile_rows_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
-  SHARED_ARRAY(Vector<T>, tile, kTileThreads * kMost / Vector<T>::kSize + 1);
+  SHARED_ARRAY(Vector<T>, tile, kTileThreads * most_tile_classes(sizeof(T)) / Vector<T>::kSize + 1);
   const int classes = static_cast<int>(p.extent.classes);
   const int64_t rows = p.extent.rows();
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTileThreads; first < rows;
@@ -69,11 +65,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 3
       const RowGradient<T> gradient =
           saved_row_gradient<T>(p, row, outer, inner, mass, true, bad, has_terms(p.targets));
       T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
-      const TileRow<T, kMost> values(x, classes);
-#pragma unroll
-      for (int i = 0; i < kMost; ++i) {
-        const int c = values.class_of(i, classes);
-        if (i < classes) x[c] = from_acc<T>(gradient(values.values[i], c));
+      for (int i = 0, c = first_class(classes, sizeof(T)); i < classes; ++i) {
+        x[c] = from_acc<T>(gradient(to_acc(x[c]), c));
+        c = c + 1 == classes ? 0 : c + 1;
       }
     }
     __syncthreads();  // the gradient is there

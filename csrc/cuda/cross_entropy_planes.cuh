@@ -34,7 +34,7 @@ template <typename T, int kRows, typename Value>
 __device__ __forceinline__ void store_neighbours(T* p, Value value) {
   if (kRows > 1) {
     const Vector<T> v = Vector<T>::of([&](int i) { return i < kRows ? value(i) : typename AccOf<T>::type(0); });
-    *reinterpret_cast<uint2*>(p) = uint2{v.words[0], v.words[1]};
+    store_bytes(p, uint2{v.words[0], v.words[1]});
   } else {
     *p = from_acc<T>(value(0));
   }
@@ -144,9 +144,7 @@ struct PlaneTile {
 // every class of every plane begins at a 16-byte boundary, kRows divides the plane, and side is the whole block. Plan:
 // CudaFamily::kPlanes.
 template <typename T, int kRows, bool kTerms>
-__global__ void __launch_bounds__(kPlaneThreads, sizeof(T) == 8 ? 1
-                                                 : kTerms       ? 2
-                                                                : 3)
+__global__ void __launch_bounds__(kPlaneThreads, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 3, 1))
     cross_entropy_planes_kernel(CrossEntropyForward p, LossReduction r, int side, int64_t tiles_per_chunk,
                                 BadTarget* bad) {
   using acc = typename AccOf<T>::type;

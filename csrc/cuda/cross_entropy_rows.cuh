@@ -78,38 +78,20 @@ __device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile
   }
 }
 
-// A row of at most kMost classes of a tile, in the registers of a thread: -inf beyond its classes. The thread walks
-// around its row from a class of its own: with rows of an even number of 4-byte words, threads that all begin at their
-// first class would meet in few of the memory's banks.
-template <typename T, int kMost>
-struct TileRow {
-  using acc = typename AccOf<T>::type;
-  acc values[kMost];
-  int start;
-  __device__ __forceinline__ TileRow(const T* x, int classes)
-      : start(classes * static_cast<int>(sizeof(T)) % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0) {
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      minus_infinity(values[i]);
-      if (i < classes) values[i] = to_acc(x[class_of(i, classes)]);
-    }
-  }
-  // Of values[i].
-  __device__ __forceinline__ int class_of(int i, int classes) const {
-    return start + i < classes ? start + i : start + i - classes;
-  }
-};
+// Where a thread begins in its row, which it walks around: with rows of an even number of 4-byte words, threads that
+// all begin at their first class would meet in few of the memory's banks.
+__device__ __forceinline__ int first_class(int classes, int element_bytes) {
+  return classes * element_bytes % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0;
+}
 
 // Unit of work: kTileThreads neighbouring rows by a block, a thread each, from shared memory. Reads each logit once, 16
-// bytes at a time. Preconditions: dense rows of at most kMost classes. Plan: CudaFamily::kTileRows.
-template <typename T, int kMost>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2
-                                                : kMost > 16   ? 5
-                                                               : 6)
+// bytes at a time. Preconditions: dense rows of at most most_tile_classes. Plan: CudaFamily::kTileRows.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, resident<T>(7, 7, 4))
     cross_entropy_tile_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
                                    int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
-  SHARED_ARRAY(Vector<T>, tile, kTileThreads * kMost / Vector<T>::kSize + 1);
+  SHARED_ARRAY(Vector<T>, tile, kTileThreads * most_tile_classes(sizeof(T)) / Vector<T>::kSize + 1);
   SHARED_ARRAY(double, scratch, 32);
   const int classes = static_cast<int>(p.extent.classes);
   const int64_t rows = p.extent.rows(), chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
@@ -127,26 +109,22 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2
       __syncthreads();  // the tile before may still be read
       load_tile(logits, n, tile);
       __syncthreads();  // the tile is there
-      T* x = reinterpret_cast<T*>(tile) + past + (row < end ? threadIdx.x : 0) * classes;
-      const TileRow<T, kMost> values(x, classes);
+      T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
+      const int start = first_class(classes, sizeof(T));
       int64_t outer = 0, inner = 0;
       RowState<acc> s = RowState<acc>::empty();
       if (row < end) {
         if (y.counts) {
           split_row(p.extent, row, outer, inner);
-#pragma unroll
-          for (int i = 0; i < kMost; ++i) s.max = larger(s.max, values.values[i]);
+          for (int c = 0; c < classes; ++c) s.max = larger(s.max, to_acc(x[c]));
           const ClassTerms<T> a(p.targets, classes, outer, inner);
-          const acc m = finite_max(s.max);
-#pragma unroll
-          for (int i = 0; i < kMost; ++i) {
-            const acc shifted = values.values[i] - m;
-            s.sum += exp_of_many(shifted);  // 0 beyond the row
-            if (terms && i < classes) {
-              const acc term = a(values.class_of(i, classes));
-              s.dot += weighted(term, shifted);
-              s.mass += term;
+          for (int i = 0, c = start; i < classes; ++i) {
+            if (terms) {
+              s.template add_below_max<true>(to_acc(x[c]), a(c));
+            } else {
+              s.template add_below_max<false>(to_acc(x[c]), acc(0));
             }
+            c = c + 1 == classes ? 0 : c + 1;
           }
         }
         finish_row<T>(p, row, s, y, p.targets.index && y.counts ? to_acc(x[y.index]) : acc(0), bad, sum);
@@ -154,10 +132,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2
       if (b.grad_logits) {
         if (row < end) {
           const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, terms);
-#pragma unroll
-          for (int i = 0; i < kMost; ++i) {
-            const int c = values.class_of(i, classes);
-            if (i < classes) x[c] = from_acc<T>(gradient(values.values[i], c));
+          for (int i = 0, c = start; i < classes; ++i) {
+            x[c] = from_acc<T>(gradient(to_acc(x[c]), c));
+            c = c + 1 == classes ? 0 : c + 1;
           }
         }
         __syncthreads();  // the gradient is there
@@ -175,7 +152,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2
 // for but logits, and those of the next row are on their way while one is worked on. Preconditions: class stride 1, and
 // the row spans at most threads_per_row * kVectors aligned vectors. Plan: CudaFamily::kRegisterRows.
 template <typename T, bool kTerms, bool kGrad>
-__global__ void __launch_bounds__(kRegisterThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ? 3 : 4, kTerms || kGrad ? 3 : 4, 2))
     cross_entropy_register_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
                                        int threads_per_row, int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
@@ -373,9 +350,7 @@ struct RowPart {
 // Reads each logit once, 16 bytes at a time at any alignment, kVectorsAtOnce loads of a thread in flight. Precondition:
 // class stride 1. Plan: CudaFamily::kBlockRows.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, kTerms || sizeof(T) == 8 ? 2
-                                       : sizeof(T) == 2         ? 3
-                                                                : 4)
+__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, kSingleBlocks, 2))
     cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int64_t rows_per_chunk,
                                     BadTarget* bad) {
   using acc = typename AccOf<T>::type;
@@ -431,9 +406,7 @@ __global__ void __launch_bounds__(256, kTerms || sizeof(T) == 8 ? 2
 // each read by the thread that wrote it; the rest is read again, soon enough that it is in the second-level cache.
 // Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, kTerms || sizeof(T) == 8 ? 2
-                                       : sizeof(T) == 2         ? 3
-                                                                : 4)
+__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 4, 2))
     cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
                                                    int kept, int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
@@ -486,7 +459,7 @@ __global__ void __launch_bounds__(256, kTerms || sizeof(T) == 8 ? 2
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
           const int64_t index = v + j * threads, c = head + index * kSize;
-          if (index < body) store_vector(grad, c, classes, gradient(values[j], c), aligned);
+          if (index < body) store_whole_vector(grad + c, gradient(values[j], c), aligned);
         }
       }
       for (int64_t c = threadIdx.x; c < head; c += threads) grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));

@@ -36,16 +36,6 @@ void with_terms(const Targets& t, Body body) {
   }
 }
 
-// The instantiation of a tile's kernel with room for so many classes.
-template <typename T, typename Body>
-void with_most_classes(int64_t classes, Body body) {
-  if (classes <= 16 || most_tile_classes(sizeof(T)) <= 16) {
-    body(std::integral_constant<int, 16>());
-  } else {
-    body(std::integral_constant<int, most_tile_classes(sizeof(T))>());
-  }
-}
-
 inline dim3 grid_of(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
 inline dim3 block_of(int threads) { return dim3(static_cast<unsigned>(threads)); }
 

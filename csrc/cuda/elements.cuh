@@ -103,6 +103,20 @@ inline constexpr uint32_t kMinusInfinityWord<__half> = 0xfc00fc00u;
 __device__ __forceinline__ float exp_of_many(float x) { return exp2_approximate(x * 1.44269504f); }
 __device__ __forceinline__ double exp_of_many(double x) { return exp(x); }
 
+// How many blocks of a kernel share a multiprocessor, which bounds the registers of a thread: for half types, float32
+// and float64.
+template <typename T>
+constexpr int resident(int half, int single, int twice) {
+  return sizeof(T) == 2 ? half : sizeof(T) == 4 ? single : twice;
+}
+
+// Of the forward that streams float32 rows: for Blackwell ptxas takes more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSingleBlocks = 3;
+#else
+constexpr int kSingleBlocks = 4;
+#endif
+
 // 16 bytes of elements, moved by one instruction and kept as they came: as 32-bit words, not as elements, since two
 // half elements would take two registers. Elements are unpacked where they are used.
 template <typename T>
@@ -116,7 +130,7 @@ struct alignas(16) Vector {
     return {{bits.x, bits.y, bits.z, bits.w}};
   }
   __device__ __forceinline__ void store(void* p) const {
-    *static_cast<uint4*>(p) = uint4{words[0], words[1], words[2], words[3]};
+    store_bytes(p, uint4{words[0], words[1], words[2], words[3]});
   }
 
   // Element i, as it is.
@@ -227,6 +241,17 @@ __device__ __forceinline__ void store_vector(T* row, Index c, Index n, const Vec
   for (int i = 0; i < Vector<T>::kSize; ++i) {
     if (c + i >= 0 && c + i < n) row[c + i] = v.element(i);
   }
+}
+
+// A whole vector.
+template <typename T>
+__device__ __forceinline__ void store_whole_vector(T* p, const Vector<T>& v, bool aligned) {
+  if (aligned) {
+    v.store(p);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) p[i] = v.element(i);
 }
 
 // kCount vectors, `step` elements apart, of the whole vectors of a row, which end at `tail`: -inf beyond.

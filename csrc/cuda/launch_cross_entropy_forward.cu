@@ -48,10 +48,7 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (plan.family == CudaFamily::kTileRows) {
-      with_most_classes<T>(p.extent.classes, [&](auto most) {
-        CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T, decltype(most)::value>), grid, block, 0, stream, p, none, r,
-                    plan.rows_per_chunk, bad);
-      });
+      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, 0, stream, p, none, r, plan.rows_per_chunk, bad);
       return;
     }
     if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
@@ -99,10 +96,7 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
       b.total_weight = r.divisor;
     }
     if (plan.family == CudaFamily::kTileRows) {
-      with_most_classes<T>(p.extent.classes, [&](auto most) {
-        CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T, decltype(most)::value>), grid, block, 0, stream, p, b, r,
-                    plan.rows_per_chunk, bad);
-      });
+      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, 0, stream, p, b, r, plan.rows_per_chunk, bad);
       return;
     }
     with_terms(p.targets, [&](auto terms) {

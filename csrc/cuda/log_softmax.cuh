@@ -23,9 +23,7 @@ struct RegisterRow {
 // Unit of work: a row by `threads_per_row` threads of a warp, which hold it in registers. Reads each input once.
 // Preconditions as cross_entropy_register_rows_kernel's. Plan: CudaFamily::kRegisterRows of CudaOp::kLogSoftmax.
 template <typename T>
-__global__ void __launch_bounds__(kRegisterThreads, sizeof(T) == 8   ? 2
-                                                    : sizeof(T) == 4 ? 4
-                                                                     : 6)
+__global__ void __launch_bounds__(kRegisterThreads, resident<T>(6, 4, 2))
     log_softmax_forward_register_rows_kernel(LogSoftmaxForward p, int threads_per_row) {
   using acc = typename AccOf<T>::type;
   using Row = RegisterRow<T>;
@@ -68,7 +66,7 @@ __global__ void __launch_bounds__(kRegisterThreads, sizeof(T) == 8   ? 2
 
 // gradient = g - exp(y) Σ g. As above; y is read where g is, in single elements where they are not equally aligned.
 template <typename T>
-__global__ void __launch_bounds__(kRegisterThreads, sizeof(T) == 2 ? 4 : 2)
+__global__ void __launch_bounds__(kRegisterThreads, resident<T>(4, 2, 2))
     log_softmax_backward_register_rows_kernel(LogSoftmaxBackward p, int threads_per_row) {
   using acc = typename AccOf<T>::type;
   using Row = RegisterRow<T>;
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(kRegisterThreads, sizeof(T) == 2 ? 4 : 2)
 // Unit of work: a row by a block. The first `kept` vectors stay in dynamic shared memory, each read by the thread that
 // wrote it; the rest is read again. Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kLogSoftmax.
 template <typename T>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
     log_softmax_forward_block_rows_kernel(LogSoftmaxForward p, int kept) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 3)
     for (int64_t v = threadIdx.x; v < body; v += threads) {
       const Vector<T> values = v < kept ? keep[v] : Vector<T>::load(x + head + v * kSize);
       const Vector<T> out = Vector<T>::of([&](int i) { return (values[i] - stats.max) - stats.log_sum; });
-      store_vector(y, head + v * kSize, classes, out, aligned);
+      store_whole_vector(y + head + v * kSize, out, aligned);
     }
     for (int64_t c = threadIdx.x; c < head; c += threads) y[c] = output(x[c]);
     for (int64_t c = head + body * kSize + threadIdx.x; c < classes; c += threads) y[c] = output(x[c]);
@@ -160,7 +158,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 3)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
     log_softmax_backward_block_rows_kernel(LogSoftmaxBackward p, int kept) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
@@ -210,7 +208,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 3)
         for (int i = 0; i < kSize; ++i) ys.set_element(i, y[c + i]);
       }
       const Vector<T> out = Vector<T>::of([&](int i) { return gs[i] - exp_of_many(ys[i]) * sum; });
-      store_vector(grad, c, classes, out, aligned);
+      store_whole_vector(grad + c, out, aligned);
     }
     for (int64_t c = threadIdx.x; c < head; c += threads) grad[c] = gradient(g[c], y[c]);
     for (int64_t c = head + body * kSize + threadIdx.x; c < classes; c += threads) grad[c] = gradient(g[c], y[c]);

@@ -95,11 +95,11 @@ def test_float32_loss_of_half_logits(op: str, reduction: str, dtype: torch.dtype
         check(case, result)
 
 
-TILE = "cross_entropy_tile_rows_kernel<T, decltype(most)::value>"
+TILE = "cross_entropy_tile_rows_kernel<T>"
 REGISTERS = "cross_entropy_register_rows_kernel<T, kTerms, {}>"
 BLOCK, PLANES = "cross_entropy_block_rows_kernel<T, kTerms>", "cross_entropy_planes_kernel<T, 1, kTerms>"
 PLANE_VECTORS = "cross_entropy_planes_kernel<T, kNeighbours<T>, false>"
-TILE_BACKWARD = "cross_entropy_backward_tile_rows_kernel<T, decltype(most)::value>"
+TILE_BACKWARD = "cross_entropy_backward_tile_rows_kernel<T>"
 ROWS_BACKWARD = "cross_entropy_backward_rows_kernel<T, decltype(terms)::value>"
 PLANES_BACKWARD = "cross_entropy_backward_planes_kernel<T, 1>"
 PLANE_VECTORS_BACKWARD = "cross_entropy_backward_planes_kernel<T, kNeighbours<T>>"

@@ -67,7 +67,7 @@ MUTATIONS = [
              "if (c + Vector<T>::kSize <= n) return Vector<T>::load(row + c);",
              FORWARD, [variant(REGISTER_ROWS, shape=(5, 41))], AssertionError, "output"),
     Mutation("a gradient taken to be as aligned as its logits", "elements.cuh",
-             "if (aligned && c >= 0", "if (c >= 0",
+             "if (aligned) {\n    v.store(p);", "if (true) {\n    v.store(p);",
              BACKWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address",
              [Settings(shifts=(0, 1))]),
     Mutation("ignore_index ignored", "targets.cuh",

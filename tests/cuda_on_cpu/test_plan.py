@@ -97,15 +97,15 @@ def test_vectors_of_planes(kernels: Kernels) -> None:
     assert kernels.plan(FORWARD, planes(1, 21, 64 * 64, 2)).vector_elements == 1  # would leave most of the chip idle
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_of_every_architecture(device: str, kernels: Kernels) -> None:
+@pytest.mark.parametrize("name", DEVICES)
+def test_of_every_architecture(name: str, kernels: Kernels) -> None:
     """The sums of the losses do not depend on the device, and shared memory is never more than there is."""
     for op in (FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX):
         for classes, element_bytes in itertools.product((10, 1000, 32000, 262144), (2, 4, 8)):
             problem = rows(4096, classes, element_bytes)
-            plan, on_h100 = kernels.plan(op, problem, DEVICES[device]), kernels.plan(op, problem)
+            plan, on_h100 = kernels.plan(op, problem, DEVICES[name]), kernels.plan(op, problem)
             assert (plan.rows_per_chunk, plan.chunks) == (on_h100.rows_per_chunk, on_h100.chunks)
-            assert plan.shared_bytes + (3 << 10) <= DEVICES[device].shared_bytes
+            assert plan.shared_bytes + (3 << 10) <= DEVICES[name].shared_bytes
 
 
 SIZES = [n + d for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 2048, 8192, 50257, 2**31) for d in (-1, 0, 1) if n + d]

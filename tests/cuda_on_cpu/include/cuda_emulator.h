@@ -188,4 +188,6 @@ void __stcs(T* p, T v) {
 
 namespace nllx {
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline void store_bytes(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
+inline void store_bytes(void* p, const uint2& v) { *static_cast<uint2*>(p) = v; }
 }  // namespace nllx
