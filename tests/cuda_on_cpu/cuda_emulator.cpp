@@ -73,8 +73,8 @@ cudaError_t last_error = cudaSuccess;
 std::string launch_log;  // a line for each launch: kernel, blocks, threads
 std::mt19937_64 random_bits;
 
-alignas(16) char dynamic_memory[kMostDynamicShared];
-size_t dynamic_bytes;  // of the launch
+alignas(16) char dynamic_memory[kMostDynamicShared + 64];  // what lies behind it is NaN too
+size_t dynamic_bytes;                                      // of the launch
 
 // In a function, since static constructors of other files add to it.
 std::vector<std::pair<void*, size_t>>& shared_arrays() {
@@ -180,7 +180,7 @@ void describe_deadlock() {
 // Runs the threads of a block until all have returned; false with `error` set if they do not.
 bool run_block() {
   for (const auto& [p, bytes] : shared_arrays()) std::memset(p, 0xff, bytes);
-  std::memset(dynamic_memory, 0xff, dynamic_bytes);
+  std::memset(dynamic_memory, 0xff, dynamic_bytes + 64);
   at_barrier = 0;
   for (auto& of_warp : meetings) of_warp.clear();
   for (unsigned i = 0; i < threads; ++i) {
