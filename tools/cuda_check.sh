@@ -64,7 +64,7 @@ run_kernels() {
 }
 
 run_on_cpu() {
-    python -m pytest tests/cuda_on_cpu
+    python -m pytest tests/cuda_on_cpu -m ''
 }
 
 find_nvcc

@@ -100,6 +100,7 @@ def _check(kernels: Kernels, mutation: Mutation) -> None:
             check(case, run(kernels, build(case), settings))
 
 
+@pytest.mark.mutations
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_found(mutation: Mutation, kernels: Kernels, tmp_path: Path) -> None:
     _check(kernels, mutation)  # the comparison passes without the mistake
