@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -241,12 +242,33 @@ ptxas info    : Used 255 registers, used 0 barriers
 """
 
 
-def test_reading_ptxas(monkeypatch: pytest.MonkeyPatch) -> None:
+MACHINE_CODE = """\
+		Function : _Z10row_kernelPf
+        /*0090*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00a0*/                   STG.E desc[UR4][R6.64], R4 ;
+		Function : _Z12other_kernelPf
+        /*0090*/                   @P0 LDG.E.128.CONSTANT R4, [R2] ;
+        /*00a0*/                   STG.E.EF.128 [R6], R4 ;
+        /*00b0*/                   LDL.128 R4, [R1] ;
+"""
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module tools/check_cuda_kernels.py."""
     spec = importlib.util.spec_from_file_location("check_cuda_kernels", ROOT / "tools" / "check_cuda_kernels.py")
     check = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "check_cuda_kernels", check)
     spec.loader.exec_module(check)
+    return check
 
+
+def test_reading_machine_code(monkeypatch: pytest.MonkeyPatch, check: ModuleType) -> None:
+    monkeypatch.setattr(check, "VECTORS", {"row_kernel": (True, True), "other_kernel": (True, True)})
+    assert check.without_vectors(MACHINE_CODE, "90") == ["row_kernel (_Z10row_kernelPf) has no 16-byte store on sm_90"]
+
+
+def test_reading_ptxas(monkeypatch: pytest.MonkeyPatch, check: ModuleType) -> None:
     usages = check.parse_ptxas(PTXAS_OUTPUT, "90")
     assert usages == [
         check.Usage(kernel="row_kernel", architecture="90", registers=40, spilled=0, shared=128),

@@ -1,8 +1,8 @@
 """Compiles every CUDA source for every architecture and checks what ptxas says of the kernels.
 
-Fails where a kernel spills registers to memory, uses more of them or of shared memory than its budget below, or moves
-single elements where it should move 16 bytes. Needs nvcc and the headers
-of any build of torch; no GPU, no CUDA build of torch.
+Fails where a kernel spills registers to memory, uses more of them or of shared memory than its budget below, or has no
+16-byte load or store in its machine code where its plan says vectors. Needs nvcc, cuobjdump and the headers of any
+build of torch; no GPU, no CUDA build of torch.
 
     python tools/check_cuda_kernels.py          # the table, exit status 1 on a failure
     python tools/check_cuda_kernels.py --host   # compiles csrc's C++ sources instead, as a CUDA build would
@@ -57,7 +57,7 @@ REGISTER_BUDGETS = {
 
 
 # What the plan calls vectors is 16 bytes in one instruction, in every instantiation of these kernels: (loads, stores).
-# Planes move 8 bytes, where their plan says vectors. The check is of the PTX, which ptxas does not split up further.
+# Planes move 8 bytes, where their plan says vectors.
 VECTORS = {
     "cross_entropy_backward_rows_kernel": (True, True),
     "cross_entropy_backward_tile_rows_kernel": (True, True),
@@ -71,8 +71,6 @@ VECTORS = {
     "log_softmax_forward_register_rows_kernel": (True, True),
     "nll_loss_backward_kernel": (False, True),
 }
-PTX_ARCHITECTURE = "90"
-
 # Static shared memory of a block: two blocks of the largest fit the 64 KB of the smallest multiprocessor.
 SHARED_BUDGET = 17 << 10
 
@@ -169,14 +167,27 @@ def failures(usages: Iterable[Usage]) -> list[str]:
     return sorted(set(found))
 
 
-def without_vectors(ptx: str) -> list[str]:
-    """One sentence for every kernel in PTX that should move 16 bytes at once and does not."""
+def find_cuobjdump(nvcc: str) -> str:
+    beside = Path(shutil.which(nvcc) or nvcc).resolve().with_name("cuobjdump")
+    found = shutil.which("cuobjdump") or shutil.which(str(beside))
+    if not found:
+        sys.exit("nllx: there is no cuobjdump, which disassembles kernels: it is a part of the CUDA toolkit.")
+    return found
+
+
+def disassemble(cuobjdump: str, object_file: Path) -> str:
+    return subprocess.run([cuobjdump, "-sass", str(object_file)], check=True, capture_output=True, text=True).stdout
+
+
+def without_vectors(machine_code: str, architecture: str) -> list[str]:
+    """One sentence for every disassembled kernel that should move 16 bytes of device memory at once and does not."""
     found = []
-    for mangled, body in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry |\Z)", ptx, re.DOTALL):
+    for function in re.split(r"\bFunction : ", machine_code)[1:]:
+        mangled = function.split(maxsplit=1)[0]
         name = kernel_name(mangled)
-        for wanted, what, pattern in zip(VECTORS.get(name, ()), ("load", "store"), ("ld", "st"), strict=False):
-            if wanted and not re.search(rf"\b{pattern}\.global\S*\.v4\.", body):
-                found.append(f"{name} ({mangled}) has no 16-byte {what}")
+        for wanted, what, opcode in zip(VECTORS.get(name, ()), ("load", "store"), ("LDG", "STG"), strict=False):
+            if wanted and not re.search(rf"\b{opcode}\.E(\.\w+)*\.128\b", function):
+                found.append(f"{name} ({mangled}) has no 16-byte {what} on sm_{architecture}")
     return found
 
 
@@ -222,28 +233,29 @@ def main() -> None:
             print(f"{count} C++ sources compile for CUDA ({time.perf_counter() - start:.0f} s)")
             return
 
+        cuobjdump = find_cuobjdump(nvcc)
         sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
-        kept = Path(folder, "ptx")
         if not sources:
             sys.exit("nllx: no CUDA source was found in csrc/cuda.")
 
-        def check(source: Path, architecture: str) -> list[Usage]:
+        def check(source: Path, architecture: str) -> tuple[list[Usage], list[str]]:
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
             object_file = Path(folder, f"{source.name}.{architecture}.o")
-            flags = [target, "-Xptxas", "-v"]
-            if architecture == PTX_ARCHITECTURE:
-                kept.mkdir(exist_ok=True)
-                flags += ["--keep", "--keep-dir", str(kept)]
-            return parse_ptxas(compile_source(nvcc, source, flags, object_file), architecture)
+            output = compile_source(nvcc, source, [target, "-Xptxas", "-v"], object_file)
+            usages = parse_ptxas(output, architecture)
+            machine_code = disassemble(cuobjdump, object_file)
+            found = without_vectors(machine_code, architecture)
+            functions = machine_code.count("Function : ")
+            if functions != len(usages):
+                found.append(f"{source.name} has {len(usages)} kernels, {functions} of them in its machine code")
+            return usages, found
 
         jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-        usages = [usage for found in pool.map(check, *zip(*jobs, strict=True)) for usage in found]
-        ptx = [path.read_text() for path in sorted(kept.glob("*.ptx"))]
+        checked = list(pool.map(check, *zip(*jobs, strict=True)))
 
+    usages = [usage for found, _ in checked for usage in found]
     print_table(usages)
-    failed = failures(usages) + [sentence for text in ptx for sentence in without_vectors(text)]
-    if len(ptx) != len(sources):
-        failed.append(f"{len(ptx)} files of PTX for {len(sources)} sources")
+    failed = failures(usages) + [sentence for _, found in checked for sentence in found]
     print(
         f"{len(sources)} sources, {len(usages) // len(ARCHITECTURES)} kernels, {len(ARCHITECTURES)} architectures, "
         f"{time.perf_counter() - start:.0f} s, {len(failed)} failures"

@@ -6,7 +6,7 @@
 #   build    the whole extension against torch's CUDA build, in .venv-cuda and a copy of the tree: compiled, linked,
 #            imported, and the CPU tests run there (a second version of torch); with less than 20 GB of disk free, and
 #            none of it installed, the sources are compiled against the headers of the CPU build of torch, and not linked
-#   kernels  registers and spills of every kernel for every architecture
+#   kernels  registers, spills and 16-byte accesses of every kernel in its machine code for every architecture
 #   on-cpu   the kernels' logic on the CPU
 #
 # Run after `make build`, whose environment it takes. Where there is no nvcc, it comes as wheels into build/nvcc.
@@ -29,6 +29,16 @@ find_nvcc() {
         ln -sfn lib "$CUDA_HOME/lib64"
         ln -sf libcudart.so.13 "$CUDA_HOME/lib/libcudart.so"
     fi
+}
+
+# The kernels are checked in their machine code; a machine without the disassembler gets it as a wheel.
+find_cuobjdump() {
+    local tools=$PWD/build/cuobjdump
+    if command -v cuobjdump >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/cuobjdump" ]; then return; fi
+    if [ ! -x "$tools/nvidia/cu13/bin/cuobjdump" ]; then
+        python -m pip install --quiet --disable-pip-version-check --no-deps --target "$tools" -r requirements/cuobjdump.txt
+    fi
+    export PATH=$tools/nvidia/cu13/bin:$PATH
 }
 
 run_build() {
@@ -60,6 +70,7 @@ assert info["cuda"] == torch.version.cuda, info'
 }
 
 run_kernels() {
+    find_cuobjdump
     python tools/check_cuda_kernels.py
 }
 

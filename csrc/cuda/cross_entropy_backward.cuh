@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(256, kTerms ? 2 : 3)
     const int64_t n = mine.end - mine.begin;
     x += mine.begin;
     grad += mine.begin;
-    for_classes<T, kAtOnce, false>(
-        x, n, t, threads_per_row, [&](int64_t c) { grad[c] = from_acc<T>(gradient(to_acc(x[c]), mine.begin + c)); },
+    for_classes<T, kAtOnce>(
+        x, n, t, threads_per_row, threads_per_row < 32 ? threads_per_row : 32,
+        [&](int64_t c, T value) { grad[c] = from_acc<T>(gradient(to_acc(value), mine.begin + c)); },
         [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {

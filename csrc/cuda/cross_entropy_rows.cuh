@@ -168,9 +168,22 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ?
     split_row(p.extent, row, outer, inner);
     return static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
   };
+  // Rows of whole vectors, each at a 16-byte boundary: the common case, which has no single elements.
+  const bool whole = classes % kSize == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
+                     (p.extent.inner == 1 || p.logits_strides.inner % kSize == 0) &&
+                     (p.extent.outer == 1 || p.logits_strides.outer % kSize == 0);
   // The vectors of a row that this thread holds; -inf where the row has none, or is not wanted.
   const auto load = [&](Vector<T>* values, int64_t row, bool wanted) {
     const T* x = row_of(wanted ? row : 0);
+    if (whole) {
+      const int first = lane * kSize, n = wanted ? classes - first : 0;
+      const int step = threads_per_row * kSize;
+      x += first;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j)
+        values[j] = j * step < n ? Vector<T>::load(x + j * step) : Vector<T>::minus_infinities();
+      return;
+    }
     const int first = lane * kSize - elements_past_boundary(x);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
@@ -217,14 +230,15 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ?
         for (int j = 1; j < kVectors; ++j) largest = larger(largest, values[j]);
         of_row.max = max_in_warp(larger(of_row.max, largest_of(largest)), threads_per_row);
         const acc m = finite_max(of_row.max);
+        const Exponentials<T> exponentials(m);
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
           acc part = 0;
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) part += exp_of_many(values[j][i] - m);  // 0 beyond the row
+          for (int i = 0; i < kSize; ++i) part += exponentials(values[j][i]);  // 0 beyond the row
           of_row.sum += part;
         }
-        of_row.sum = sum_in_warp(of_row.sum, threads_per_row);
+        of_row.sum = exponentials.normalized(sum_in_warp(of_row.sum, threads_per_row), m);
         const bool counts = kTerms || kGrad ? wanted(turn) : false;
         int64_t outer = 0, inner = 0;
         if (kTerms || kGrad) split_row(p.extent, counts ? row : int64_t(0), outer, inner);
@@ -276,27 +290,47 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ?
   finish_loss<T>(r, p.targets, chunks, done, scratch);
 }
 
-// The state of the classes [0, classes) of `x`, of those that thread `t` of `threads` takes; `a` of class c is
-// a(offset + c). keep(c, vector) is told the vectors that it has read.
-template <typename T, bool kTerms, bool kAhead, int kMost, typename Keep>
+// The vectors of a batch of state_of_row.
+template <typename T, bool kTerms>
+constexpr int kStateVectors = kTerms || sizeof(T) == 8 ? 2 : kVectorsAtOnce;
+
+// The state of the classes [0, classes) of `x`, of those that thread `t` of `threads` (whole warps) takes; `a` of class
+// c is a(offset + c). keep(c, vector) is told the vectors that it has read.
+template <typename T, bool kTerms, typename Keep>
 __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const T* x, int64_t classes, int64_t offset,
                                                                           const ClassTerms<T>& a, int t, int threads,
                                                                           Keep keep) {
   using acc = typename AccOf<T>::type;
-  constexpr int kSize = Vector<T>::kSize, kCount = kTerms || sizeof(T) == 8 ? 2 : kMost;
+  constexpr int kSize = Vector<T>::kSize, kCount = kStateVectors<T, kTerms>;
   RowState<acc> s = RowState<acc>::empty();
-  for_classes<T, kCount, kAhead>(
-      x, classes, t, threads,
-      [&](int64_t c) {
-        const acc value = to_acc(x[c]);
-        s.raise_max(value);
-        s.template add_below_max<kTerms>(value, kTerms ? a(offset + c) : acc(0));
+  Exponentials<T> exponentials(0);
+  const auto raise_max = [&](acc m) {
+    if (!(m > s.max)) return;  // as RowState::raise_max
+    const Exponentials<T> next(m);
+    if (!is_minus_infinity(s.max)) {
+      s.sum *= exponentials.factor(next);
+      if (kTerms) s.dot += s.mass * (s.max - m);
+    }
+    s.max = m;
+    exponentials = next;
+  };
+  for_classes<T, kCount>(
+      x, classes, t, threads, 32,
+      [&](int64_t c, T element) {
+        const acc value = to_acc(element);
+        raise_max(value);
+        s.sum += exponentials(value);
+        if (kTerms) {
+          const acc term = a(offset + c);
+          s.dot += weighted(term, value - finite_max(s.max));
+          s.mass += term;
+        }
       },
       [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
         Vector<T> largest = vectors[0];
 #pragma unroll
         for (int j = 1; j < kCount; ++j) largest = larger(largest, vectors[j]);
-        s.raise_max(largest_of(largest));
+        raise_max(largest_of(largest));
         const acc m = finite_max(s.max);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
@@ -304,7 +338,7 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
           const bool exists = c + j * step < tail;
           if (exists) keep(c + j * step, vectors[j]);
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) part += exp_of_many(vectors[j][i] - m);  // 0 beyond the row
+          for (int i = 0; i < kSize; ++i) part += exponentials(vectors[j][i]);  // 0 beyond the row
           if (kTerms && exists) {
             if (a.are_equal()) {
 #pragma unroll
@@ -328,6 +362,7 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
           }
         }
       });
+  s.sum = exponentials.normalized(s.sum, finite_max(s.max));
   return s;
 }
 
@@ -378,8 +413,8 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
         if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
         const ClassTerms<T> a(p.targets, classes, outer, inner);
         const RowPart mine(classes, splits, part, Vector<T>::kSize);
-        s = state_of_row<T, kTerms, false, kVectorsAtOnce>(x + mine.begin, mine.end - mine.begin, mine.begin, a,
-                                                           threadIdx.x, blockDim.x, KeepNothing());
+        s = state_of_row<T, kTerms>(x + mine.begin, mine.end - mine.begin, mine.begin, a, threadIdx.x, blockDim.x,
+                                    KeepNothing());
         merge_in_block(s, states);
       }
       if (splits > 1) {  // rows_per_chunk is 1
@@ -410,7 +445,8 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
     cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
                                                    int kept, int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
-  constexpr int kSize = Vector<T>::kSize, kAtOnce = sizeof(T) == 2 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
+  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kAtOnce = sizeof(T) == 2 ? kStateVectors<T, kTerms> / 2 : kStateVectors<T, kTerms>;
   DYNAMIC_SHARED(memory);
   Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
   SHARED_ARRAY(RowState<acc>, states, 32);
@@ -428,42 +464,27 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
       T* grad = static_cast<T*>(b.grad_logits) + outer * b.grad_strides.outer + inner * b.grad_strides.inner;
       const RowVectors<T> part(x, classes);
-      const int64_t head = part.head, body = (part.tail - head) / kSize;
       RowState<acc> s = RowState<acc>::empty();
       acc target_logit = 0;
       if (y.counts) {  // the same for all threads of the block
         // Before a barrier: the gradient may overwrite it.
         if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
         const ClassTerms<T> a(p.targets, classes, outer, inner);
-        s = state_of_row<T, kTerms, false, kVectorsAtOnce>(x, classes, 0, a, threadIdx.x, blockDim.x,
-                                                           [&](int64_t c, const Vector<T>& v) {
-                                                             const int64_t index = (c - head) / kSize;
-                                                             if (index < kept) keep[index] = v;
-                                                           });
+        s = state_of_row<T, kTerms>(x, classes, 0, a, threadIdx.x, blockDim.x, [&](int64_t c, const Vector<T>& v) {
+          const int64_t index = (c - part.head) / kSize;
+          if (index < kept) keep[index] = v;
+        });
         merge_in_block(s, states);
       }
       if (threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
       const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, kTerms);
       const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
-      const T* vectors = x + head;
-      const int64_t threads = blockDim.x;
-      // As for_classes deals them out: each thread meets the vectors that it has kept.
-      for (int64_t v = threadIdx.x; v < body; v += kAtOnce * threads) {
-        Vector<T> values[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const int64_t index = v + j * threads;
-          if (index < body)
-            values[j] = y.counts && index < kept ? keep[index] : Vector<T>::load(vectors + index * kSize);
-        }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const int64_t index = v + j * threads, c = head + index * kSize;
-          if (index < body) store_whole_vector(grad + c, gradient(values[j], c), aligned);
-        }
-      }
-      for (int64_t c = threadIdx.x; c < head; c += threads) grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
-      for (int64_t c = head + body * kSize + threadIdx.x; c < classes; c += threads)
+      for_kept<T, kStateVectors<T, kTerms>, kAtOnce>(
+          part, y.counts ? kept : 0, x, keep,
+          [&](int64_t c, const Vector<T>& values) { store_whole_vector(grad + c, gradient(values, c), aligned); });
+      const int threads = blockDim.x;
+      for (int64_t c = threadIdx.x; c < part.head; c += threads) grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
+      for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads)
         grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
     }
     add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);

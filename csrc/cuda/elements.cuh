@@ -259,9 +259,14 @@ template <typename T, int kCount>
 struct Batch {
   Vector<T> vectors[kCount];
   __device__ __forceinline__ void load(const T* row, int64_t c, int step, int64_t tail) {
+    const T* p = row + c;
+    if (c + (kCount - 1) * step < tail) {  // all but the last batch of a row: one address, no conditions
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      vectors[j] = c + j * step < tail ? Vector<T>::load(row + c + j * step) : Vector<T>::minus_infinities();
+      for (int j = 0; j < kCount; ++j) vectors[j] = Vector<T>::load(p + j * step);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j)
+        vectors[j] = c + j * step < tail ? Vector<T>::load(p + j * step) : Vector<T>::minus_infinities();
     }
   }
 };
@@ -280,33 +285,67 @@ struct RowVectors {
   }
 };
 
-// Calls one(c) for the single elements that thread `t` takes, and batch(c, step, tail, vectors) for its vectors, kCount
-// at a time: those at c, c + step, ... that begin before `tail`. With kAhead a batch is loaded before the one before is
-// worked on.
-template <typename T, int kCount, bool kAhead, typename One, typename Many>
-__device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, One one, Many many) {
-  constexpr int kSize = Vector<T>::kSize;
+// Which vectors of a row a thread takes, as classes: first, first + step, ... (kCount of them, a batch), then the same
+// `next` further on. `width` threads side by side, a warp or a group of threads that divides one, take kCount * width
+// vectors that follow each other: where it is a constant the addresses of a batch differ by constants.
+template <typename T, int kCount>
+struct Share {
+  int64_t first, next;
+  int step;
+  __device__ __forceinline__ Share(const RowVectors<T>& row, int t, int threads, int width)
+      : first(row.head + ((t / width) * kCount * width + t % width) * Vector<T>::kSize),
+        next(static_cast<int64_t>(threads) * kCount * Vector<T>::kSize),
+        step(width * Vector<T>::kSize) {}
+};
+
+// Calls batch(c, step, tail, vectors) for the vectors that thread `t` takes, kCount at a time: those at c, c + step,
+// ... that begin before `tail`; and one(c, x) for its single elements, which are loaded before all else, since the end
+// of a row would wait for them.
+template <typename T, int kCount, typename One, typename Many>
+__device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, int width, One one,
+                                            Many many) {
   const RowVectors<T> part(row, classes);
-  const int step = threads * kSize;
-  int64_t c = part.head + static_cast<int64_t>(t) * kSize;
+  const Share<T, kCount> share(part, t, threads, width);
+  const int64_t last = part.tail + t;
+  const T none = minus_infinity_of<T>(), of_head = t < part.head ? row[t] : none,
+          of_end = last < classes ? row[last] : none;
+  int64_t c = share.first;
   Batch<T, kCount> now;
-  if (kAhead) {
-    now.load(row, c, step, part.tail);
-    while (c < part.tail) {
-      Batch<T, kCount> next;
-      next.load(row, c + kCount * step, step, part.tail);
-      many(c, step, part.tail, now.vectors);
-      now = next;
-      c += kCount * step;
-    }
-  } else {
-    for (; c < part.tail; c += kCount * step) {
-      now.load(row, c, step, part.tail);
-      many(c, step, part.tail, now.vectors);
+  for (; c < part.tail; c += share.next) {
+    now.load(row, c, share.step, part.tail);
+    many(c, share.step, part.tail, now.vectors);
+  }
+  if (t < part.head) one(int64_t(t), of_head);
+  if (last < classes) one(last, of_end);
+  // Fewer threads than a vector has elements.
+  for (c = t + threads; c < part.head; c += threads) one(c, row[c]);
+  for (c = last + threads; c < classes; c += threads) one(c, row[c]);
+}
+
+// Calls each(c, vector) for the vectors of a row that for_classes gave to this thread of the block, kCount to a
+// batch, kAtOnce loaded before the first is used: the first `kept` of the row from shared memory, where the
+// same thread has put them, the others from `row`.
+template <typename T, int kCount, int kAtOnce, typename Each>
+__device__ __forceinline__ void for_kept(const RowVectors<T>& part, int kept, const T* row, const Vector<T>* keep,
+                                         Each each) {
+  const Share<T, kCount> share(part, threadIdx.x, blockDim.x, 32);
+  for (int64_t begin = share.first; begin < part.tail; begin += share.next) {
+#pragma unroll
+    for (int of_batch = 0; of_batch < kCount; of_batch += kAtOnce) {
+      const int64_t first = begin + of_batch * share.step;
+      Vector<T> values[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t c = first + j * share.step, index = (c - part.head) / Vector<T>::kSize;
+        if (c < part.tail) values[j] = index < kept ? keep[index] : Vector<T>::load(row + c);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t c = first + j * share.step;
+        if (c < part.tail) each(c, values[j]);
+      }
     }
   }
-  for (c = t; c < part.head; c += threads) one(c);
-  for (c = part.tail + t; c < classes; c += threads) one(c);
 }
 
 // Row r of an extent as its outer and inner index, without a division where there is nothing to divide.

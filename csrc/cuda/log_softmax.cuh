@@ -44,14 +44,15 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(6, 4, 2))
     for (int j = 1; j < Row::kVectors; ++j) largest = larger(largest, values.values[j]);
     s.max = max_in_warp(larger(s.max, largest_of(largest)), threads_per_row);
     const acc m = finite_max(s.max);
+    const Exponentials<T> exponentials(m);
 #pragma unroll
     for (int j = 0; j < Row::kVectors; ++j) {
       acc part = 0;
 #pragma unroll
-      for (int i = 0; i < Row::kSize; ++i) part += exp_of_many(values.values[j][i] - m);
+      for (int i = 0; i < Row::kSize; ++i) part += exponentials(values.values[j][i]);
       s.sum += part;
     }
-    s.sum = sum_in_warp(s.sum, threads_per_row);
+    s.sum = exponentials.normalized(sum_in_warp(s.sum, threads_per_row), m);
     if (row >= rows) continue;
     const RowStats<acc> stats = s.stats();
     T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
@@ -135,25 +136,23 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
     const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer + inner * p.input_strides.inner;
     T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
     const RowVectors<T> part(x, classes);
-    const int64_t head = part.head, body = (part.tail - head) / kSize;
+    const int64_t head = part.head;
     const bool aligned = elements_past_boundary(x) == elements_past_boundary(y);
-    RowState<acc> s =
-        state_of_row<T, false, false, kVectorsAtOnce>(x, classes, 0, ClassTerms<T>(Targets(), classes, 0, 0),
-                                                      threadIdx.x, blockDim.x, [&](int64_t c, const Vector<T>& v) {
-                                                        const int64_t index = (c - head) / kSize;
-                                                        if (index < kept) keep[index] = v;
-                                                      });
+    RowState<acc> s = state_of_row<T, false>(x, classes, 0, ClassTerms<T>(Targets(), classes, 0, 0), threadIdx.x,
+                                             blockDim.x, [&](int64_t c, const Vector<T>& v) {
+                                               const int64_t index = (c - head) / kSize;
+                                               if (index < kept) keep[index] = v;
+                                             });
     merge_in_block(s, states);
     const RowStats<acc> stats = s.stats();
     const auto output = [&](T value) { return from_acc<T>((to_acc(value) - stats.max) - stats.log_sum); };
-#pragma unroll 4
-    for (int64_t v = threadIdx.x; v < body; v += threads) {
-      const Vector<T> values = v < kept ? keep[v] : Vector<T>::load(x + head + v * kSize);
-      const Vector<T> out = Vector<T>::of([&](int i) { return (values[i] - stats.max) - stats.log_sum; });
-      store_whole_vector(y + head + v * kSize, out, aligned);
-    }
+    for_kept<T, kStateVectors<T, false>, kStateVectors<T, false>>(
+        part, kept, x, keep, [&](int64_t c, const Vector<T>& values) {
+          const Vector<T> out = Vector<T>::of([&](int i) { return (values[i] - stats.max) - stats.log_sum; });
+          store_whole_vector(y + c, out, aligned);
+        });
     for (int64_t c = threadIdx.x; c < head; c += threads) y[c] = output(x[c]);
-    for (int64_t c = head + body * kSize + threadIdx.x; c < classes; c += threads) y[c] = output(x[c]);
+    for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads) y[c] = output(x[c]);
   }
 }
 
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
     T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner;
     const int past = elements_past_boundary(g);
     const RowVectors<T> part(g, classes);
-    const int64_t head = part.head, body = (part.tail - head) / kSize;
+    const int64_t head = part.head;
     const bool together = past == elements_past_boundary(y), aligned = past == elements_past_boundary(grad);
     acc sum = 0;
     const auto add = [&](int64_t c, const Vector<T>& v) {
@@ -186,8 +185,8 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
       for (int i = 0; i < kSize; ++i) part += v[i];
       sum += part;
     };
-    for_classes<T, kVectorsAtOnce, false>(
-        g, classes, threadIdx.x, blockDim.x, [&](int64_t c) { sum += to_acc(g[c]); },
+    for_classes<T, kVectorsAtOnce>(
+        g, classes, threadIdx.x, blockDim.x, 32, [&](int64_t, T element) { sum += to_acc(element); },
         [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
           for (int j = 0; j < kVectorsAtOnce; ++j) {
@@ -196,10 +195,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
         });
     sum = sum_in_block(sum, scratch);
     const auto gradient = [&](T g, T y) { return from_acc<T>(to_acc(g) - exp_of_many(to_acc(y)) * sum); };
-#pragma unroll 2
-    for (int64_t v = threadIdx.x; v < body; v += threads) {
-      const int64_t c = head + v * kSize;
-      const Vector<T> gs = v < kept ? keep[v] : Vector<T>::load(g + c);
+    for_kept<T, kVectorsAtOnce, kVectorsAtOnce / 2>(part, kept, g, keep, [&](int64_t c, const Vector<T>& gs) {
       Vector<T> ys;
       if (together) {
         ys = Vector<T>::load(y + c);
@@ -209,9 +205,9 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
       }
       const Vector<T> out = Vector<T>::of([&](int i) { return gs[i] - exp_of_many(ys[i]) * sum; });
       store_whole_vector(grad + c, out, aligned);
-    }
+    });
     for (int64_t c = threadIdx.x; c < head; c += threads) grad[c] = gradient(g[c], y[c]);
-    for (int64_t c = head + body * kSize + threadIdx.x; c < classes; c += threads) grad[c] = gradient(g[c], y[c]);
+    for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads) grad[c] = gradient(g[c], y[c]);
   }
 }
 

@@ -54,6 +54,45 @@ struct RowState {
   __device__ __forceinline__ RowStats<acc> stats() const { return {finite_max(max), log_acc(sum)}; }
 };
 
+// exp(x - m) of many x ≤ m, for one m that is not -inf, in units of the row's own: normalized() takes their sum to that
+// of exp(x - m), and factor() a sum to the units of a larger m.
+template <typename T>
+struct Exponentials {
+  using acc = typename AccOf<T>::type;
+  acc m;
+  explicit __device__ __forceinline__ Exponentials(acc m) : m(m) {}
+  __device__ __forceinline__ acc operator()(acc x) const { return exp_of_many(x - m); }
+  __device__ __forceinline__ acc factor(const Exponentials& next) const { return exp_acc(m - next.m); }
+  __device__ __forceinline__ acc normalized(acc sum, acc) const { return sum; }
+};
+
+// Of half-precision numbers in one multiplication and addition instead of two operations, since their kernels are bound
+// by instructions: 2^(x log2(e) - M) with M = m log2(e) rounded to an integer, so that nothing is lost of it. The sum
+// divided by the term of x = m itself is that of exp(x - m), and exactly one where nothing else counts. From |m| = 2^21
+// on float has no room for a fraction of M, but a bfloat16 next to m is 2^13 away: every other number counts as zero
+// whatever the scale, and x - m, exact, is the exponent.
+struct HalfExponentials {
+  float scale, offset;
+  explicit __device__ __forceinline__ HalfExponentials(float m) {
+    const bool fits = fabsf(m) < 2097152.f;
+    scale = fits ? 1.44269504f : 1.f;
+    offset = fits ? -rintf(m * 1.44269504f) : -m;
+  }
+  __device__ __forceinline__ float operator()(float x) const { return exp2_approximate(fmaf(x, scale, offset)); }
+  __device__ __forceinline__ float factor(const HalfExponentials& next) const {
+    return scale != 1.f && next.scale != 1.f ? exp2_approximate(next.offset - offset) : 0.f;
+  }
+  __device__ __forceinline__ float normalized(float sum, float m) const { return sum / (*this)(m); }
+};
+template <>
+struct Exponentials<__nv_bfloat16> : HalfExponentials {
+  using HalfExponentials::HalfExponentials;
+};
+template <>
+struct Exponentials<__half> : HalfExponentials {
+  using HalfExponentials::HalfExponentials;
+};
+
 template <typename acc>
 __device__ __forceinline__ acc max_in_warp(acc v, int width) {
   for (int offset = width / 2; offset > 0; offset /= 2) v = larger(v, __shfl_xor_sync(0xffffffffu, v, offset));
