@@ -385,7 +385,7 @@ struct RowPart {
 // Reads each logit once, 16 bytes at a time at any alignment, kVectorsAtOnce loads of a thread in flight. Precondition:
 // class stride 1. Plan: CudaFamily::kBlockRows.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, kSingleBlocks, 2))
+__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(kHalfBlocks, kSingleBlocks, 2))
     cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int64_t rows_per_chunk,
                                     BadTarget* bad) {
   using acc = typename AccOf<T>::type;

@@ -110,11 +110,17 @@ constexpr int resident(int half, int single, int twice) {
   return sizeof(T) == 2 ? half : sizeof(T) == 4 ? single : twice;
 }
 
-// Of the forward that streams float32 rows: for Blackwell ptxas takes more registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// Of the forward that streams rows: ptxas takes more registers for other architectures than Hopper, and for Turing,
+// which converts half types in more steps, more for those too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kSingleBlocks = 3;
 #else
 constexpr int kSingleBlocks = 4;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kHalfBlocks = 2;
+#else
+constexpr int kHalfBlocks = 3;
 #endif
 
 // 16 bytes of elements, moved by one instruction and kept as they came: as 32-bit words, not as elements, since two
