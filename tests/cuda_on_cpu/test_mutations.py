@@ -26,7 +26,7 @@ class Mutation:
     new: str
     source: str
     cases: Sequence[Case]
-    error: type[Exception]
+    error: type[Exception] | tuple[type[Exception], ...]
     message: str = ""
     settings: Sequence[Settings] = (Settings(),)
 
@@ -56,9 +56,12 @@ MUTATIONS = [
     Mutation("a shuffle too few", "row_state.cuh",
              "offset > 0; offset /= 2) v = larger", "offset > 1; offset /= 2) v = larger",
              FORWARD, [REGISTER_ROWS], AssertionError, "output"),
-    Mutation("an element past the end", "elements.cuh",
-             "if (last < classes) one(last, of_end);", "if (last <= classes) one(last, of_end);",
+    Mutation("an element counted twice at the end", "elements.cuh",
+             "const int64_t last = part.tail + t;", "const int64_t last = part.tail + t - 1;",
              FORWARD, [BLOCK_ROWS], AssertionError, "output"),
+    Mutation("a vector past the end", "elements.cuh",
+             "tail = head + (classes - head) / kSize * kSize;", "tail = head + (classes - head + kSize - 1) / kSize * kSize;",
+             FORWARD, [BLOCK_ROWS], (AssertionError, KernelError)),
     Mutation("vectors that are not aligned", "elements.cuh",
              "const int64_t until = past == 0 ? 0 : kSize - past;", "const int64_t until = 0;",
              FORWARD, [BLOCK_ROWS], KernelError, "undefined behaviour .*misaligned address"),
