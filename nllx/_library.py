@@ -12,6 +12,7 @@ import torch
 _REBUILD = (
     "rebuild it against the installed torch: pip install --no-build-isolation --force-reinstall --no-deps <nllx source>"
 )
+_libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
 _MARK = rb"NLLX_TORCH_VERSION=([0-9A-Za-z.+_-]+)"
 
 
@@ -52,7 +53,10 @@ def load() -> None:
         ) from error
     _C.cpu_capability()  # a capability that this CPU cannot run is an error here and not in the middle of a training
 
-    from nllx import _fake, _reference
+    from nllx import _fake, _reference, _transforms
 
+    library = torch.library.Library("nllx", "IMPL")
+    _libraries.append(library)
     _fake.register()
-    _reference.register()
+    _reference.register(library)
+    _transforms.register(library)

@@ -41,7 +41,7 @@ def _rows(
             rows = 0  # torch divides by numel / C
         return a if w is None else a * w, None, torch.full([], rows, dtype=acc, device=input.device)
     if weight is not None:
-        _check_weight_gradient(op, weight)
+        check_weight_gradient(op, weight)
     target = target.reshape(row_shape(input))
     index = torch.ops.nllx._checked_target(target, classes, ignore_index, op)
     valid = (target != ignore_index).unsqueeze(dim)
@@ -60,7 +60,7 @@ def _rows(
     return a, valid, divisor
 
 
-def _check_weight_gradient(op: str, weight: Tensor) -> None:
+def check_weight_gradient(op: str, weight: Tensor) -> None:
     """Raises where a transform differentiates index targets with respect to the weights, as csrc/autograd.cpp does."""
     if (weight.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(weight).tangent is not None:
         raise RuntimeError(
@@ -234,13 +234,8 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return log_softmax_forward(input if dtype is None else input.to(dtype), dim)
 
 
-_libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
-
-
-def register() -> None:
-    """Registers the definitions for autograd (by name) and for functorch, whose transforms see them and not the kernels."""
-    library = torch.library.Library("nllx", "IMPL")
-    _libraries.append(library)
+def register(library: torch.library.Library) -> None:
+    """Registers the definitions, by name, for the derivatives that the kernels do not have."""
     for definition in (
         cross_entropy_forward,
         cross_entropy_backward,
@@ -250,7 +245,6 @@ def register() -> None:
         log_softmax_backward,
     ):
         library.impl(f"_{definition.__name__}_definition", definition, "CompositeImplicitAutograd")
-        library.impl(definition.__name__, definition, "FuncTorchDynamicLayerFrontMode")
 
     def checked_target_vmap(info, in_dims, target, classes, ignore_index, op):  # type: ignore[no-untyped-def]
         return torch.ops.nllx._checked_target(target, classes, ignore_index, op), in_dims[0]

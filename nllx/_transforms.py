@@ -1,0 +1,415 @@
+"""Operators under the transforms of torch.func: per-sample problems become one problem for the kernels.
+
+Outside of these transforms csrc/autograd.cpp has the derivatives. functorch cannot see into a node of C++, so each of its
+calls goes through a :class:`torch.autograd.Function` here: the forward and the first derivative with respect to logits or
+log-probabilities are the kernels, under ``vmap`` too, and every other derivative is that of the definition in
+nllx/_reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nllx import _reference
+from nllx._fake import check_arguments, check_log_softmax, loss_dtypes
+
+_NONE, _MEAN, _SUM = 0, 1, 2
+
+_ops = torch.ops.nllx
+_Dims = tuple[int | None, ...]
+
+
+def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """A view with the batch dimension in front."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+class _Samples:
+    """`size` problems (C) or (N, C, d1, ..., dk) as one of (N', C, d1', ...) that reads the logits where they lie.
+
+    The samples go before the rows, between rows and classes, or to the inner dimensions, wherever their dimension joins
+    without a copy. The rows of the whole are then in another order, so it is solved without a reduction.
+    """
+
+    def __init__(self, logits: Tensor, dim: int | None, size: int) -> None:
+        self.size = size
+        logits = _leading(logits, dim, size)
+        self.unbatched = logits.dim() == 2  # a sample is (C)
+        if self.unbatched:
+            logits = logits.unsqueeze(1)
+        self.rows = (logits.shape[1], *logits.shape[3:])
+        samples, n = logits.shape[0], logits.shape[1]
+        of_samples, of_n = logits.stride(0), logits.stride(1)
+        if n == 1 or samples == 1 or of_samples == n * of_n:
+            self.place = 0
+        elif of_n == samples * of_samples:
+            self.place = 1
+        else:
+            self.place = -1
+        self.logits = self._join(logits)
+
+    def _join(self, t: Tensor, trailing: int = 0) -> Tensor:
+        """(size, N, ...) as the joined problem has it; `trailing` dimensions belong to a row and stay the last."""
+        if self.place == -1:
+            return t.movedim(0, -1 - trailing)
+        return (t if self.place == 0 else t.transpose(0, 1)).flatten(0, 1)
+
+    def _split(self, t: Tensor, trailing: int = 0) -> Tensor:
+        """The reverse of _join."""
+        if self.place == -1:
+            t = t.movedim(-1 - trailing, 0)
+        elif self.place == 0:
+            t = t.unflatten(0, (self.size, self.rows[0]))
+        else:
+            t = t.unflatten(0, (self.rows[0], self.size)).transpose(0, 1)
+        return t.squeeze(1) if self.unbatched else t
+
+    def join_classes(self, t: Tensor, dim: int | None) -> Tensor:
+        """A tensor whose samples have the shape of the logits."""
+        t = _leading(t, dim, self.size)
+        return self._join(t.unsqueeze(1) if self.unbatched else t)
+
+    def join_rows(self, t: Tensor, dim: int | None, *trailing: int) -> Tensor:
+        """A tensor whose samples have one element, or the dimensions `trailing`, for each row."""
+        t = _leading(t, dim, self.size).reshape(self.size, *self.rows, *trailing)
+        return self._join(t, len(trailing))
+
+    def split_classes(self, t: Tensor) -> Tensor:
+        return self._split(t)
+
+    def split_rows(self, t: Tensor, trailing: int = 0) -> Tensor:
+        return self._split(t, trailing)
+
+    def each(self, t: Tensor, dim: int | None) -> Tensor:
+        """A tensor with one number for each sample, as one number for each row."""
+        t = _leading(t, dim, self.size).reshape(self.size, *[1] * len(self.rows))
+        return self._join(t.expand(self.size, *self.rows))
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """The sums over the rows of each sample."""
+        return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+
+
+def _divisors(
+    op: str,
+    samples: _Samples,
+    target: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    label_smoothing: float,
+    probabilities: bool,
+    acc: torch.dtype,
+) -> Tensor:
+    """The divisor of the mean of each sample: the sum of the weights of the targets present, or the number of rows."""
+    if probabilities:
+        rows = 1
+        for size in samples.rows:
+            rows = rows * size
+        return torch.full([samples.size], rows if classes else 0, dtype=acc, device=target.device)
+    valid = target != ignore_index
+    if weight is None:
+        present = valid.to(acc)
+    else:
+        index = _ops._checked_target(target, classes, ignore_index, op)
+        present = torch.where(
+            valid, weight.reshape(-1).to(acc)[index], torch.zeros([], dtype=acc, device=target.device)
+        )
+    divisor = samples.sum(samples.split_rows(present))
+    if label_smoothing > 0:  # as in the definition
+        divisor = torch.where(divisor == 0, torch.nan, divisor)
+    return divisor
+
+
+def _reduce(samples: _Samples, rows: Tensor, divisors: Tensor, reduction: int) -> Tensor:
+    if reduction == _NONE:
+        return rows
+    return samples.sum(rows) / divisors if reduction == _MEAN else samples.sum(rows)
+
+
+def _incoming(
+    samples: _Samples,
+    grad_output: Tensor,
+    dim: int | None,
+    total_weight: Tensor,
+    weight_dim: int | None,
+    reduction: int,
+) -> Tensor:
+    """The incoming gradient of each row."""
+    if reduction == _NONE:
+        return samples.join_rows(grad_output, dim)
+    if reduction == _SUM:
+        return samples.each(grad_output, dim)
+    grad_output = _leading(grad_output.to(total_weight.dtype), dim, samples.size)
+    return samples.each(grad_output / _leading(total_weight, weight_dim, samples.size), 0)
+
+
+# Batching rules: (info, in_dims, *arguments) of a Function's vmap. A weight for each sample has no kernel: the definition.
+
+
+def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Any] | None:
+    logits, target, weight, reduction, ignore_index, label_smoothing, dtype = arguments
+    if dims[2] is not None:
+        return None
+    samples = _Samples(logits, dims[0], size)
+    probabilities = (target.dim() - (dims[1] is not None)) == (logits.dim() - (dims[0] is not None)) and (
+        target.is_floating_point()
+    )
+    joined = (samples.join_classes if probabilities else samples.join_rows)(target, dims[1])
+    loss_dtype, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
+    rows, row_stats, _ = _ops.cross_entropy_forward(
+        samples.logits, joined, weight, _NONE, ignore_index, label_smoothing, loss_dtype if reduction == _NONE else acc
+    )
+    divisors = _divisors(
+        "cross_entropy",
+        samples,
+        joined,
+        weight,
+        samples.logits.shape[1],
+        ignore_index,
+        label_smoothing,
+        probabilities,
+        acc,
+    )
+    loss = _reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype)
+    return (loss, samples.split_rows(row_stats, trailing=1), divisors), (0, 0, 0)
+
+
+def _cross_entropy_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
+    grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing = arguments
+    if dims[3] is not None:
+        return None
+    samples = _Samples(logits, dims[1], size)
+    probabilities = (target.dim() - (dims[2] is not None)) == (logits.dim() - (dims[1] is not None)) and (
+        target.is_floating_point()
+    )
+    grad = _ops.cross_entropy_backward(
+        _incoming(samples, grad_output, dims[0], total_weight, dims[5], reduction),
+        samples.logits,
+        (samples.join_classes if probabilities else samples.join_rows)(target, dims[2]),
+        weight,
+        samples.join_rows(row_stats, dims[4], 2),
+        total_weight.new_ones([]),
+        _NONE,
+        ignore_index,
+        label_smoothing,
+    )
+    return samples.split_classes(grad), 0
+
+
+def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Any] | None:
+    log_probs, target, weight, reduction, ignore_index, dtype = arguments
+    if dims[2] is not None:
+        return None
+    samples = _Samples(log_probs, dims[0], size)
+    joined = samples.join_rows(target, dims[1])
+    loss_dtype, acc = loss_dtypes(log_probs, target, weight, False, dtype)
+    rows, _ = _ops.nll_loss_forward(
+        samples.logits, joined, weight, _NONE, ignore_index, loss_dtype if reduction == _NONE else acc
+    )
+    divisors = _divisors("nll_loss", samples, joined, weight, samples.logits.shape[1], ignore_index, 0.0, False, acc)
+    return (_reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype), divisors), (0, 0)
+
+
+def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
+    grad_output, log_probs, target, weight, total_weight, reduction, ignore_index = arguments
+    if dims[3] is not None:
+        return None
+    samples = _Samples(log_probs, dims[1], size)
+    grad = _ops.nll_loss_backward(
+        _incoming(samples, grad_output, dims[0], total_weight, dims[4], reduction),
+        samples.logits,
+        samples.join_rows(target, dims[2]),
+        weight,
+        total_weight.new_ones([]),
+        _NONE,
+        ignore_index,
+    )
+    return samples.split_classes(grad), 0
+
+
+def _sample_dim(dim: int, rank: int, batch_dim: int) -> int:
+    """A sample's dimension `dim` among those of all samples."""
+    dim = dim % rank
+    return dim + (dim >= batch_dim)
+
+
+def _log_softmax_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
+    input, dim = arguments
+    if dims[0] is None or input.dim() == 1:
+        return None
+    return _ops.log_softmax_forward(input, _sample_dim(dim, input.dim() - 1, dims[0])), dims[0]
+
+
+def _log_softmax_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
+    grad_output, output, dim = arguments
+    batch_dim = dims[1] if dims[1] is not None else 0
+    output = output if dims[1] is not None else output.expand(size, *output.shape)
+    grad_output = _leading(grad_output, dims[0], size).movedim(0, batch_dim)
+    if output.dim() == 1:
+        return None
+    return _ops.log_softmax_backward(grad_output, output, _sample_dim(dim, output.dim() - 1, batch_dim)), batch_dim
+
+
+def _function(
+    name: str,
+    definition: Callable[..., Any],
+    tensors: int,
+    batched: Callable[..., Any],
+    gradient: Callable[..., Tensor] | None = None,
+) -> type[torch.autograd.Function]:
+    """An operator, whose first `tensors` arguments are tensors, as an autograd.Function.
+
+    `gradient`, if there is a kernel for it: that of the first argument, from (grad_output, arguments, results).
+    """
+    operator = getattr(_ops, name).default
+
+    def differentiated(arguments: Sequence[Any], which: Sequence[int]) -> Callable[..., Any]:
+        """The definition's first result as a function of the arguments `which`."""
+
+        def function(*values: Tensor) -> Tensor:
+            full = list(arguments)
+            for i, value in zip(which, values, strict=True):
+                full[i] = value
+            result = definition(*full)
+            return result[0] if isinstance(result, tuple) else result
+
+        return function
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            results = output if isinstance(output, tuple) else (output,)
+            if len(results) > 1:
+                ctx.mark_non_differentiable(*results[1:])
+            ctx.options, ctx.results = inputs[tensors:], len(results)
+            ctx.save_for_backward(*inputs[:tensors], *results)
+            ctx.save_for_forward(*inputs[:tensors])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            grad_output, none = grads[0], [None] * (tensors + len(ctx.options))
+            if grad_output is None:
+                return tuple(none)
+            arguments, results = (*ctx.saved_tensors[:tensors], *ctx.options), ctx.saved_tensors[tensors:]
+            which = [i for i in range(tensors) if ctx.needs_input_grad[i] and arguments[i].is_floating_point()]
+            if which == [0] and gradient is not None:
+                return (gradient(grad_output, arguments, results), *none[1:])
+            _, pullback = torch.func.vjp(differentiated(arguments, which), *(arguments[i] for i in which))
+            for i, grad in zip(which, pullback(grad_output), strict=True):
+                none[i] = grad
+            return tuple(none)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            arguments = (*ctx.saved_tensors[:tensors], *ctx.options)
+            which = [i for i in range(tensors) if tangents[i] is not None]
+            _, tangent = torch.func.jvp(
+                differentiated(arguments, which), tuple(arguments[i] for i in which), tuple(tangents[i] for i in which)
+            )
+            return tangent if ctx.results == 1 else (tangent, *[None] * (ctx.results - 1))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: _Dims, *arguments: Any) -> Any:
+            result = batched(info.batch_size, in_dims, *arguments)
+            if result is not None:
+                return result
+            options = arguments[tensors:]
+            result = torch.vmap(lambda *given: definition(*given, *options), in_dims[:tensors])(*arguments[:tensors])
+            return result, tuple([0] * len(result)) if isinstance(result, tuple) else 0
+
+    Operator.__name__ = Operator.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
+    return Operator
+
+
+def register(library: torch.library.Library) -> None:
+    """Registers the operators for functorch, which sees these Functions and not the kernels."""
+    key = "FuncTorchDynamicLayerFrontMode"
+
+    cross_entropy = _function(
+        "cross_entropy_forward",
+        _reference.cross_entropy_forward,
+        3,
+        _cross_entropy_forward_vmap,
+        lambda grad, args, results: _ops.cross_entropy_backward(
+            grad, *args[:3], results[1], results[2], args[3], args[4], args[5]
+        ),
+    )
+
+    def cross_entropy_forward(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        reduction: int = _MEAN,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        # Of a sample's shape, which the joined problem has no more.
+        probabilities = check_arguments(
+            "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
+        )
+        if weight is not None and not probabilities:
+            _reference.check_weight_gradient("cross_entropy", weight)
+        return cross_entropy.apply(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+
+    library.impl("cross_entropy_forward", cross_entropy_forward, key)
+
+    cross_entropy_backward = _function(
+        "cross_entropy_backward", _reference.cross_entropy_backward, 6, _cross_entropy_backward_vmap
+    )
+    library.impl("cross_entropy_backward", cross_entropy_backward.apply, key)
+
+    nll_loss = _function(
+        "nll_loss_forward",
+        _reference.nll_loss_forward,
+        3,
+        _nll_loss_forward_vmap,
+        lambda grad, args, results: _ops.nll_loss_backward(grad, *args[:3], results[1], args[3], args[4]),
+    )
+
+    def nll_loss_forward(
+        log_probs: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        reduction: int = _MEAN,
+        ignore_index: int = -100,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
+        if weight is not None:
+            _reference.check_weight_gradient("nll_loss", weight)
+        return nll_loss.apply(log_probs, target, weight, reduction, ignore_index, dtype)
+
+    library.impl("nll_loss_forward", nll_loss_forward, key)
+
+    nll_loss_backward = _function("nll_loss_backward", _reference.nll_loss_backward, 5, _nll_loss_backward_vmap)
+    library.impl("nll_loss_backward", nll_loss_backward.apply, key)
+
+    log_softmax = _function(
+        "log_softmax_forward",
+        _reference.log_softmax_forward,
+        1,
+        _log_softmax_forward_vmap,
+        lambda grad, args, results: _ops.log_softmax_backward(grad, results[0], args[1]),
+    )
+
+    def log_softmax_forward(input: Tensor, dim: int) -> Any:
+        check_log_softmax(input, dim)
+        return log_softmax.apply(input, dim)
+
+    library.impl("log_softmax_forward", log_softmax_forward, key)
+
+    log_softmax_backward = _function(
+        "log_softmax_backward", _reference.log_softmax_backward, 2, _log_softmax_backward_vmap
+    )
+    library.impl("log_softmax_backward", log_softmax_backward.apply, key)
