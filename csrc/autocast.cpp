@@ -2,8 +2,10 @@
 // are, without a float32 copy, and only the loss comes out in float32. Weights of another precision are cast, as torch
 // casts them. log_softmax is cast on CUDA alone, as in torch.
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "ops.h"
 
 namespace nllx {
@@ -95,6 +97,45 @@ Tensor cross_entropy_functorch(const Tensor& logits, const Tensor& target, const
       cross_entropy_forward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype));
 }
 
+std::tuple<Tensor, Tensor> cross_entropy_value_and_grad_functorch(const Tensor& logits, const Tensor& target,
+                                                                  const OptionalTensor& weight, int64_t reduction,
+                                                                  c10::SymInt ignore_index, double label_smoothing,
+                                                                  OptionalDtype dtype) {
+  const c10::DeviceType device = logits.device().type();
+  if (enabled(device)) {
+    return (device == c10::kCPU ? cross_entropy_value_and_grad<c10::kCPU>
+                                : cross_entropy_value_and_grad<c10::kCUDA>)(logits, target, weight, reduction,
+                                                                            std::move(ignore_index), label_smoothing,
+                                                                            dtype);
+  }
+  check_reduced("cross_entropy", reduction);
+  // The results have no graph.
+  const Tensor x = logits.detach(), y = target.detach();
+  const OptionalTensor w = weight.has_value() && weight->defined() ? OptionalTensor(weight->detach()) : std::nullopt;
+  auto [loss, row_stats, total_weight] =
+      cross_entropy_forward(x, y, w, reduction, ignore_index, label_smoothing, dtype);
+  Tensor grad = cross_entropy_backward(at::ones_like(loss), x, y, w, row_stats, total_weight, reduction, ignore_index,
+                                       label_smoothing);
+  return {std::move(loss), std::move(grad)};
+}
+
+Tensor cross_entropy_value_and_grad_out_functorch(const Tensor& logits, const Tensor& target,
+                                                  const OptionalTensor& weight, int64_t reduction,
+                                                  c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype,
+                                                  Tensor& out) {
+  // The gradient is copied there when all is read, so it may lie anywhere.
+  TORCH_CHECK(out.sym_sizes() == logits.sym_sizes() && out.scalar_type() == logits.scalar_type() &&
+                  out.device() == logits.device(),
+              "cross_entropy: out must have shape ", logits.sym_sizes(), " and dtype ", logits.scalar_type(), " on ",
+              logits.device().str(), ", as logits has, but got ", out.sym_sizes(), " and ", out.scalar_type(), " on ",
+              out.device().str());
+  auto [loss, grad] = cross_entropy_value_and_grad_functorch(logits, target, weight, reduction, std::move(ignore_index),
+                                                             label_smoothing, dtype);
+  const at::NoGradGuard no_grad;
+  out.copy_(grad);
+  return loss;
+}
+
 Tensor nll_loss_functorch(const Tensor& log_probs, const Tensor& target, const OptionalTensor& weight,
                           int64_t reduction, c10::SymInt ignore_index, OptionalDtype dtype) {
   const c10::DeviceType device = log_probs.device().type();
@@ -129,6 +170,8 @@ TORCH_LIBRARY_IMPL(nllx, AutocastCUDA, m) {
 
 TORCH_LIBRARY_IMPL(nllx, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("cross_entropy", &cross_entropy_functorch);
+  m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad_functorch);
+  m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out_functorch);
   m.impl("nll_loss", &nll_loss_functorch);
   m.impl("log_softmax", &log_softmax_functorch);
 }

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled  # type: ignore[attr-defined]
 
 from nllx import _reference
 from nllx._fake import check_arguments, check_log_softmax, loss_dtypes
@@ -94,6 +96,11 @@ class _Samples:
         return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
 
 
+def _flat(weight: Tensor | None) -> Tensor | None:
+    """Four-dimensional losses take a weight of any shape, and the joined problem has another number of dimensions."""
+    return None if weight is None else weight.reshape(-1)
+
+
 def _divisors(
     op: str,
     samples: _Samples,
@@ -162,7 +169,13 @@ def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tupl
     joined = (samples.join_classes if probabilities else samples.join_rows)(target, dims[1])
     loss_dtype, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
     rows, row_stats, _ = _ops.cross_entropy_forward(
-        samples.logits, joined, weight, _NONE, ignore_index, label_smoothing, loss_dtype if reduction == _NONE else acc
+        samples.logits,
+        joined,
+        _flat(weight),
+        _NONE,
+        ignore_index,
+        label_smoothing,
+        loss_dtype if reduction == _NONE else acc,
     )
     divisors = _divisors(
         "cross_entropy",
@@ -191,7 +204,7 @@ def _cross_entropy_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tup
         _incoming(samples, grad_output, dims[0], total_weight, dims[5], reduction),
         samples.logits,
         (samples.join_classes if probabilities else samples.join_rows)(target, dims[2]),
-        weight,
+        _flat(weight),
         samples.join_rows(row_stats, dims[4], 2),
         total_weight.new_ones([]),
         _NONE,
@@ -209,7 +222,7 @@ def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tup
     joined = samples.join_rows(target, dims[1])
     loss_dtype, acc = loss_dtypes(log_probs, target, weight, False, dtype)
     rows, _ = _ops.nll_loss_forward(
-        samples.logits, joined, weight, _NONE, ignore_index, loss_dtype if reduction == _NONE else acc
+        samples.logits, joined, _flat(weight), _NONE, ignore_index, loss_dtype if reduction == _NONE else acc
     )
     divisors = _divisors("nll_loss", samples, joined, weight, samples.logits.shape[1], ignore_index, 0.0, False, acc)
     return (_reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype), divisors), (0, 0)
@@ -224,7 +237,7 @@ def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Te
         _incoming(samples, grad_output, dims[0], total_weight, dims[4], reduction),
         samples.logits,
         samples.join_rows(target, dims[2]),
-        weight,
+        _flat(weight),
         total_weight.new_ones([]),
         _NONE,
         ignore_index,
@@ -304,18 +317,25 @@ def _function(
             which = [i for i in range(tensors) if ctx.needs_input_grad[i] and arguments[i].is_floating_point()]
             if which == [0] and gradient is not None:
                 return (gradient(grad_output, arguments, results), *none[1:])
-            _, pullback = torch.func.vjp(differentiated(arguments, which), *(arguments[i] for i in which))
+            pullback = torch.func.vjp(differentiated(arguments, which), *(arguments[i] for i in which))[1]
             for i, grad in zip(which, pullback(grad_output), strict=True):
                 none[i] = grad
             return tuple(none)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            arguments = (*ctx.saved_tensors[:tensors], *ctx.options)
-            which = [i for i in range(tensors) if tangents[i] is not None]
-            _, tangent = torch.func.jvp(
-                differentiated(arguments, which), tuple(arguments[i] for i in which), tuple(tangents[i] for i in which)
-            )
+            saved = ctx.saved_tensors[:tensors]
+            # Around this call forward mode is off, down to the outer levels, whose tangents would be lost without a
+            # word. This level's are taken off by hand.
+            with _set_fwd_grad_enabled(True):
+                saved = [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+                arguments = (*saved, *ctx.options)
+                which = [i for i in range(tensors) if tangents[i] is not None]
+                tangent = torch.func.jvp(
+                    differentiated(arguments, which),
+                    tuple(arguments[i] for i in which),
+                    tuple(tangents[i] for i in which),
+                )[1]
             return tangent if ctx.results == 1 else (tangent, *[None] * (ctx.results - 1))
 
         @staticmethod

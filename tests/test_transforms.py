@@ -1,0 +1,85 @@
+"""Every transform of every loss in every layout gives what torch's loss gives: the table of transforms.py, by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from oracle import Reference
+from torch.testing import assert_close
+from transforms import TRANSFORMS, Subject, Transform
+
+import nllx
+
+_WHY = "a loss under a transform"
+_INDEX: dict[str, Any] = {"ignored": "some", "weight": "positive", "label_smoothing": 0.2}
+_PROBABILITIES: dict[str, Any] = {"target": "probabilities", "weight": "positive", "label_smoothing": 0.2}
+# Name in docs/transforms.md, options, and whether it is differentiated with respect to the logits alone.
+OPS: dict[str, tuple[dict[str, Any], bool]] = {
+    "cross_entropy": ({**_INDEX}, True),
+    "cross_entropy, probabilities": ({**_PROBABILITIES}, True),
+    "cross_entropy, probabilities and weights": ({**_PROBABILITIES}, False),
+    "nll_loss": ({"op": "nll_loss", "weight": "positive", "ignored": "some"}, True),
+    "log_softmax": ({"op": "log_softmax"}, True),
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "rows_mean": {"shape": (3, 4)},
+    "rows_none": {"shape": (3, 4), "reduction": "none"},
+    "transposed_sum": {"shape": (3, 4), "layout": "transposed", "reduction": "sum"},
+    "planes_mean": {"shape": (2, 3, 2)},
+    "channels_last_none": {"shape": (2, 3, 2, 1), "layout": "channels_last", "reduction": "none"},
+    "unbatched_mean": {"shape": (4,)},
+}
+
+
+def _case(op: str, shape: str) -> Case:
+    fields = {**OPS[op][0], **_SHAPES[shape]}
+    if len(fields["shape"]) == 1:
+        fields.pop("ignored", None)
+    if fields.get("op") == "log_softmax":
+        fields.pop("reduction", None)
+        fields["dim"] = len(fields["shape"]) - 1 if shape == "planes_mean" else min(1, len(fields["shape"]) - 1)
+    return Case(f"{op} {shape}", _WHY, dtype=torch.float64, scale=1.0, **fields)
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if not t.compiles], ids=str)
+def test_transform(transform: Transform, op: str, shape: str, device: str, record_property: Any) -> None:
+    _check(transform, op, shape, device, record_property)
+
+
+def _check(transform: Transform, op: str, shape: str, device: str, record_property: Any) -> None:
+    case, input_only = _case(op, shape), OPS[op][1]
+
+    def run(functional: Any) -> Any:
+        torch.manual_seed(0)
+        return transform.run(Subject(case, functional, device, input_only))
+
+    record_property("transform", transform.name)
+    record_property("op", op)
+    expected, torch_raises = _attempt(lambda: run(torch.nn.functional))
+    if torch_raises:  # held against the definition
+        expected, definition_raises = _attempt(lambda: run(Reference))
+        if definition_raises:  # torch's operations cannot do it either
+            with pytest.raises(type(torch_raises)):
+                run(nllx.functional)
+            record_property("outcome", f"torch and nllx raise {_sentence(torch_raises)}")
+            return
+    assert_close(run(nllx.functional), expected, rtol=1e-9, atol=1e-11)
+    record_property("outcome", f"ok; torch raises {_sentence(torch_raises)}" if torch_raises else "ok")
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """The result, or the exception."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
