@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled  # type: ignore[attr-defined]
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from nllx import _reference
 from nllx._fake import check_arguments, check_log_softmax, loss_dtypes
@@ -274,8 +277,8 @@ def _function(
     tensors: int,
     batched: Callable[..., Any],
     gradient: Callable[..., Tensor] | None = None,
-) -> type[torch.autograd.Function]:
-    """An operator, whose first `tensors` arguments are tensors, as an autograd.Function.
+) -> Callable[..., Any]:
+    """An operator, whose first `tensors` arguments are tensors, as a call that functorch can transform.
 
     `gradient`, if there is a kernel for it: that of the first argument, from (grad_output, arguments, results).
     """
@@ -324,18 +327,16 @@ def _function(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            saved = ctx.saved_tensors[:tensors]
             # Around this call forward mode is off, down to the outer levels, whose tangents would be lost without a
-            # word. This level's are taken off by hand.
+            # word; this level's are taken off by hand. A level of forward mode cannot be opened here in compiled code,
+            # so the derivative is that of the pullback, which is linear.
             with _set_fwd_grad_enabled(True):
-                saved = [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
-                arguments = (*saved, *ctx.options)
+                saved = [t if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors[:tensors]]
                 which = [i for i in range(tensors) if tangents[i] is not None]
-                tangent = torch.func.jvp(
-                    differentiated(arguments, which),
-                    tuple(arguments[i] for i in which),
-                    tuple(tangents[i] for i in which),
-                )[1]
+                function = differentiated((*saved, *ctx.options), which)
+                output, pullback, *_ = torch.func.vjp(function, *(saved[i] for i in which))
+                transposed = torch.func.vjp(pullback, torch.zeros_like(output))[1]
+                (tangent,) = transposed(tuple(tangents[i] for i in which))
             return tangent if ctx.results == 1 else (tangent, *[None] * (ctx.results - 1))
 
         @staticmethod
@@ -348,7 +349,20 @@ def _function(
             return result, tuple([0] * len(result)) if isinstance(result, tuple) else 0
 
     Operator.__name__ = Operator.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
-    return Operator
+
+    def call(*arguments: Any) -> Any:
+        transform = torch._C._functorch.peek_interpreter_stack().key()
+        if transform == TransformType.Jvp:
+            return definition(*arguments)
+        if transform == TransformType.Functionalize:  # which Functions do not have
+            level = FunctorchFunctionalizeAPI(retrieve_current_functorch_interpreter())  # type: ignore[arg-type]
+            plain = level.unwrap_tensors(arguments)
+            with level.redispatch_to_next():
+                result = operator(*plain)
+            return level.wrap_tensors(result)
+        return Operator.apply(*arguments)
+
+    return call
 
 
 def register(library: torch.library.Library) -> None:
@@ -380,14 +394,14 @@ def register(library: torch.library.Library) -> None:
         )
         if weight is not None and not probabilities:
             _reference.check_weight_gradient("cross_entropy", weight)
-        return cross_entropy.apply(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+        return cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
 
     library.impl("cross_entropy_forward", cross_entropy_forward, key)
 
     cross_entropy_backward = _function(
         "cross_entropy_backward", _reference.cross_entropy_backward, 6, _cross_entropy_backward_vmap
     )
-    library.impl("cross_entropy_backward", cross_entropy_backward.apply, key)
+    library.impl("cross_entropy_backward", cross_entropy_backward, key)
 
     nll_loss = _function(
         "nll_loss_forward",
@@ -408,12 +422,12 @@ def register(library: torch.library.Library) -> None:
         check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
         if weight is not None:
             _reference.check_weight_gradient("nll_loss", weight)
-        return nll_loss.apply(log_probs, target, weight, reduction, ignore_index, dtype)
+        return nll_loss(log_probs, target, weight, reduction, ignore_index, dtype)
 
     library.impl("nll_loss_forward", nll_loss_forward, key)
 
     nll_loss_backward = _function("nll_loss_backward", _reference.nll_loss_backward, 5, _nll_loss_backward_vmap)
-    library.impl("nll_loss_backward", nll_loss_backward.apply, key)
+    library.impl("nll_loss_backward", nll_loss_backward, key)
 
     log_softmax = _function(
         "log_softmax_forward",
@@ -425,11 +439,11 @@ def register(library: torch.library.Library) -> None:
 
     def log_softmax_forward(input: Tensor, dim: int) -> Any:
         check_log_softmax(input, dim)
-        return log_softmax.apply(input, dim)
+        return log_softmax(input, dim)
 
     library.impl("log_softmax_forward", log_softmax_forward, key)
 
     log_softmax_backward = _function(
         "log_softmax_backward", _reference.log_softmax_backward, 2, _log_softmax_backward_vmap
     )
-    library.impl("log_softmax_backward", log_softmax_backward.apply, key)
+    library.impl("log_softmax_backward", log_softmax_backward, key)

@@ -10,10 +10,15 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo.compiled_autograd
+import torch.fx.experimental.proxy_tensor
+import torch.overrides
+import torch.utils._python_dispatch
 from cases import Case, Problem, build
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -99,7 +104,7 @@ class Transform:
     compiles: bool = False
 
     def __str__(self) -> str:
-        return self.name
+        return re.sub(r"\W+", "_", self.name).strip("_")
 
 
 TRANSFORMS: list[Transform] = []
@@ -480,3 +485,241 @@ def _(s: Subject) -> Any:
     value = torch.vmap(s.loss, in_dims)(x, target, weight).square().sum()
     (first,) = torch.autograd.grad(value, x, create_graph=True)
     return first, torch.autograd.grad(first.square().sum(), x)
+
+
+# ---- precision ----
+
+
+def _autocast(dtype: torch.dtype) -> Run:
+    def run(s: Subject) -> Any:
+        """Half-precision logits in, a float32 loss out, and a gradient in the logits' dtype."""
+        leaves = [leaf.to(torch.float32 if i else dtype).requires_grad_() for i, leaf in enumerate(s.leaves)]
+        rest = [t if t is None or not t.is_floating_point() else t.float() for t in (s.target, s.weight)]
+        with torch.autocast(leaves[0].device.type, dtype):
+            output = s.loss(*leaves, *rest[len(leaves) - 1 :])
+            value = (output.float() * numbers(output.float())).sum()
+
+            def score(x: Tensor) -> Tensor:
+                output = s.loss(x, *rest).float()
+                return (output * numbers(output)).sum()
+
+            scores = func.grad(score)(leaves[0].detach())
+        return output, torch.autograd.grad(value, leaves), scores
+
+    return run
+
+
+_transform("autocast to bfloat16")(_autocast(torch.bfloat16))
+_transform("autocast to float16")(_autocast(torch.float16))
+
+
+@_transform("`GradScaler`")
+def _(s: Subject) -> Any:
+    device = s.leaves[0].device.type
+    x = torch.nn.Parameter(s.leaves[0].to(torch.float32))
+    rest = [t if t is None or not t.is_floating_point() else t.float() for t in (s.target, s.weight)]
+    optimizer, scaler = torch.optim.SGD([x], lr=0.1), torch.amp.GradScaler(device, init_scale=2.0**40)
+    history = []
+    for _ in range(4):  # overflows in float16 until the scale is small enough
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            value = s.loss(x.half(), *rest).square().sum()
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        history += [value.detach(), torch.tensor(scaler.get_scale())]
+    return history, x.detach()
+
+
+# ---- tracing ----
+
+
+def _with_gradients(function: Callable[..., Tensor], s: Subject) -> Any:
+    """The output of a function of the leaves, and gradients."""
+    leaves = s.required()
+    output = function(*leaves)
+    return output, torch.autograd.grad(output, leaves, numbers(output))
+
+
+@_transform("`make_fx`, forward and backward")
+def _(s: Subject) -> Any:
+    gradient = func.grad_and_value(_sample_value(s), s.argnums)
+    tensors = s.stacked(None, None, None)
+
+    def backward(x: Tensor, target: Tensor | None, weight: Tensor | None) -> Any:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(s.loss(x, target, weight).sum(), x)
+
+    graphs = [
+        torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode=mode)(*tensors)
+        for mode in ("real", "fake", "symbolic")
+        for function in (gradient, backward)
+    ]
+    return [graph(*tensors) for graph in graphs]
+
+
+@_transform("`func.functionalize`")
+def _(s: Subject) -> Any:
+    def in_place(*leaves: Tensor) -> Tensor:
+        x = leaves[0].clone()
+        x.mul_(2)
+        x.select(0, 0).add_(1)
+        return s.output(x, *leaves[1:])
+
+    return func.functionalize(in_place)(*s.leaves)
+
+
+@_transform("`jit.trace`")
+def _(s: Subject) -> Any:
+    class Net(torch.nn.Module):
+        def forward(self, *leaves: Tensor) -> Tensor:
+            return s.output(*(leaf * 2 for leaf in leaves))
+
+    return _with_gradients(torch.jit.trace(Net(), tuple(s.leaves), check_trace=False), s)
+
+
+def _compile(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+for _dynamic in (False, True):
+    _transform(f"`compile(fullgraph=True, dynamic={_dynamic})`", compiles=True)(
+        lambda s, dynamic=_dynamic: _with_gradients(_compile(s.output, dynamic=dynamic), s)
+    )
+_transform("`compile` of `func.grad`", compiles=True)(
+    lambda s: _compile(func.grad_and_value(s.value, s.argnums))(*s.leaves)
+)
+_transform("`compile` of `func.jvp`", compiles=True)(
+    lambda s: _compile(lambda *leaves: func.jvp(s.output, leaves, s.directions()))(*s.leaves)
+)
+_transform("`compile` of `func.jacrev`, `jacfwd`", compiles=True)(
+    lambda s: [_compile(jacobian(s.output))(*s.leaves) for jacobian in (func.jacrev, func.jacfwd)]
+)
+
+
+@_transform("`compile` of `vmap`, `vmap` of `grad`", compiles=True)
+def _(s: Subject) -> Any:
+    in_dims = s.dims(0, 0, None)
+    tensors = s.stacked(*in_dims)
+    return [
+        _compile(torch.vmap(function, in_dims))(*tensors)
+        for function in (s.loss, func.grad_and_value(_sample_value(s), s.argnums))
+    ]
+
+
+@_transform("compiled autograd", compiles=True)
+def _(s: Subject) -> Any:
+    leaves = s.required()
+
+    def step(*leaves: Tensor) -> None:
+        s.value(*leaves).backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch._dynamo.reset()
+        torch.compile(step, backend="aot_eager")(*leaves)
+    eager = [leaf.grad for leaf in leaves]
+    leaves = s.required()
+    with torch._dynamo.compiled_autograd._enable(lambda graph: _compile(graph)):
+        s.value(*leaves).backward()
+    return eager, [leaf.grad for leaf in leaves]
+
+
+class _Net(torch.nn.Module):
+    """A loss as a module whose inputs are its tensors."""
+
+    def __init__(self, s: Subject) -> None:
+        super().__init__()
+        self.call = s.loss
+
+    def forward(self, x: Tensor, target: Tensor | None, weight: Tensor | None) -> Tensor:
+        return self.call(x * 2, target, weight)
+
+
+@_transform("`torch.export`, with and without decompositions", compiles=True)
+def _(s: Subject) -> Any:
+    tensors = s.stacked(None, None, None)
+    results = []
+    for strict in (False, True):
+        program = torch.export.export(_Net(s), tensors, strict=strict)
+        results += [program.module()(*tensors), program.run_decompositions().module()(*tensors)]
+    return results
+
+
+@_transform("`torch.export` of dynamic shapes", compiles=True)
+def _(s: Subject) -> Any:
+    if len(s.case.shape) == 1:
+        return []
+    batch = torch.export.Dim("batch", min=2, max=64)
+    rows = {0: batch} if s.case.op == "log_softmax" or s.target is not None else None
+    shapes = (rows, None if s.target is None else rows, None)
+    tensors = s.stacked(None, None, None)
+    program = torch.export.export(_Net(s), tensors, dynamic_shapes=shapes)
+    more = [t if i == 2 or t is None else torch.cat([t, t]) for i, t in enumerate(tensors)]
+    return program.module()(*tensors), program.run_decompositions().module()(*more)
+
+
+# ---- tensors of other kinds ----
+
+
+class _Mode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class _Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@_transform("`TorchFunctionMode`, `TorchDispatchMode`")
+def _(s: Subject) -> Any:
+    with _Mode():
+        seen = _with_gradients(s.output, s)
+    with _Dispatch():
+        return seen, _with_gradients(s.output, s)
+
+
+class _Subclass(Tensor):
+    """Keeps its type, as torch's default does for every subclass."""
+
+
+@_transform("subclass with `__torch_function__`")
+def _(s: Subject) -> Any:
+    leaves = [leaf.as_subclass(_Subclass).requires_grad_() for leaf in s.leaves]
+    output = s.output(*leaves)
+    gradients = torch.autograd.grad(output, leaves, numbers(output.as_subclass(Tensor)))
+    return isinstance(output, _Subclass), output.as_subclass(Tensor), [g.as_subclass(Tensor) for g in gradients]
+
+
+@_transform("wrapper with `__torch_dispatch__`")
+def _(s: Subject) -> Any:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    leaves = [TwoTensor(leaf.clone(), 2 * leaf).requires_grad_() for leaf in s.leaves]
+    output = s.output(*leaves)
+    gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    return [(t.a, t.b) for t in (output.detach(), *gradients)]
+
+
+@_transform("meta device")
+def _(s: Subject) -> Any:
+    """Shapes, dtypes and strides, without data."""
+    leaves = [leaf.to("meta").requires_grad_() for leaf in s.leaves]
+    rest = [None if t is None else t.to("meta") for t in (s.target, s.weight)]
+    output = s.loss(*leaves, *rest[len(leaves) - 1 :])
+    gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    return [(t.device.type, t.dtype, tuple(t.shape)) for t in (output, *gradients)]
+
+
+@_transform("`FakeTensorMode`")
+def _(s: Subject) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        leaves = [mode.from_tensor(leaf).requires_grad_() for leaf in s.leaves]
+        rest = [None if t is None else mode.from_tensor(t) for t in (s.target, s.weight)]
+        output = s.loss(*leaves, *rest[len(leaves) - 1 :])
+        gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+        return [(str(t.device), t.dtype, tuple(t.shape)) for t in (output, *gradients)]
