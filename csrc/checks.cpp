@@ -172,8 +172,9 @@ void check_loss_arguments(const LossArguments& a) {
                 ": expected target dtype to be Long or Byte (or Int, Short, Char), but got ", a.target.scalar_type(),
                 ": target has dtype ", a.target.scalar_type(), " and the shape of class indices; call target.long()");
   }
-  TORCH_CHECK_VALUE(a.reduction >= 0 && a.reduction <= 2, a.op, ": ", number(a.reduction),
-                    " is not a valid value for reduction; the operator takes 0 (none), 1 (mean) or 2 (sum)");
+  TORCH_CHECK_VALUE(a.reduction >= 0 && a.reduction <= 3, a.op, ": ", number(a.reduction),
+                    " is not a valid value for reduction; the operator takes 0 (none), 1 (mean), 2 (sum) or 3 (mean, 0 "
+                    "over nothing)");
   TORCH_CHECK(a.label_smoothing >= 0.0 && a.label_smoothing <= 1.0, a.op,
               ": label_smoothing must be between 0.0 and 1.0. Got: ", number(a.label_smoothing));
   TORCH_CHECK(!probabilities || a.ignore_index < 0, a.op,

@@ -90,6 +90,7 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   }
   t.ignore_index = args.ignore_index;
   t.label_smoothing = args.label_smoothing;
+  t.mean_or_zero = static_cast<Reduction>(args.reduction) == Reduction::kMeanOrZero;
   return p;
 }
 
@@ -161,7 +162,7 @@ CrossEntropyBackward backward_problem(const LossProblem& loss, const Arrays& arr
                                       const Tensor& row_stats, const Tensor& total_weight, int64_t reduction) {
   auto p = problem_of<CrossEntropyBackward>(loss, arrays);
   p.row_stats = row_stats.const_data_ptr();
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
+  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = total_weight.const_data_ptr();
   p.grad_logits = grad.mutable_data_ptr();
   p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
   return p;

@@ -5,6 +5,7 @@
 #include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <optional>
 
 #include "checks.h"
@@ -29,7 +30,8 @@ struct LossProblem {
   int64_t rows() const;
   // The divisor of the mean for probability targets: torch's numel / C, so the mean over no classes is NaN.
   double probability_rows() const {
-    return probabilities_given && input.numel() > 0 ? static_cast<double>(rows()) : 0.;
+    if (probabilities_given && input.numel() > 0) return static_cast<double>(rows());
+    return targets.mean_or_zero ? std::numeric_limits<double>::infinity() : 0.;
   }
   FloatType float_type() const { return nllx::float_type("", "", input.scalar_type()); }
   bool loss_is_acc() const { return loss_dtype == acc_dtype; }

@@ -1,6 +1,7 @@
 // Every operator's schema, and the calls to them through the dispatcher.
 //
-// reduction: 0 none, 1 mean, 2 sum. Shapes, dtypes and errors are those of the public functions in nllx/functional.py.
+// reduction: 0 none, 1 mean, 2 sum, 3 the mean that is 0 over nothing. Shapes, dtypes and errors are those of the
+// public functions in nllx/functional.py.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

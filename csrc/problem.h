@@ -15,8 +15,10 @@ namespace nllx {
 enum class FloatType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class IndexType : uint8_t { kInt64, kInt32, kInt16, kInt8, kUInt8 };
 
-// The values are those of the `reduction` argument of the operators, which are ATen's.
-enum class Reduction : uint8_t { kNone = 0, kMean = 1, kSum = 2 };
+// The values are those of the `reduction` argument of the operators, of which the first three are ATen's.
+// kMeanOrZero: the mean, and over nothing (where its divisor is zero) 0 and not NaN.
+enum class Reduction : uint8_t { kNone = 0, kMean = 1, kSum = 2, kMeanOrZero = 3 };
+constexpr bool is_mean(Reduction r) { return r == Reduction::kMean || r == Reduction::kMeanOrZero; }
 
 // Every input is seen as an array (outer, classes, inner). Row `r` of the problem is the pair
 // (r / inner, r % inner): `inner` varies fastest, which is the order of a contiguous index target.
@@ -41,6 +43,7 @@ struct Targets {
   IndexType index_type = IndexType::kInt64;
   const void* probabilities = nullptr;  // an array (outer, classes, inner) in the layout of the logits
   bool probabilities_are_acc = false;   // element type: acc, or that of the logits
+  bool mean_or_zero = false;            // a divisor of zero becomes infinity: loss and gradient are then zero
   Strides probability_strides;
   const void* weight = nullptr;      // acc, one per class, contiguous; null: all ones
   const void* weight_sum = nullptr;  // acc, one number: the sum of `weight`; read only with smoothing

@@ -11,7 +11,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_NONE, _MEAN, _SUM = 0, 1, 2
+NONE, MEAN, SUM, MEAN_OR_ZERO = range(4)  # the operators' reductions
 _SCALAR_TYPES = {
     torch.float32: "Float",
     torch.float64: "Double",
@@ -76,7 +76,7 @@ def check_arguments(
     check_dtype(op, input.dtype)
     if not probabilities:
         _check_index_target(op, name, input, target)
-    if reduction not in (_NONE, _MEAN, _SUM):
+    if reduction not in (NONE, MEAN, SUM, MEAN_OR_ZERO):
         raise ValueError(f"{op}: {reduction} is not a valid value for reduction")
     torch._check(
         0.0 <= label_smoothing <= 1.0,
@@ -254,7 +254,7 @@ def _cross_entropy_value_and_grad(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     loss = _cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]
-    if reduction == _NONE:
+    if reduction == NONE:
         raise ValueError("cross_entropy: reduction 'none' gives one loss per row, which has no gradient")
     return loss, torch.empty_like(logits)
 

@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nllx._fake import check_arguments, check_log_softmax, class_dim, is_probabilities, loss_dtypes, row_shape
-
-_NONE, _MEAN, _SUM = 0, 1, 2
+from nllx._fake import (
+    MEAN,
+    MEAN_OR_ZERO,
+    NONE,
+    SUM,
+    check_arguments,
+    check_log_softmax,
+    class_dim,
+    is_probabilities,
+    loss_dtypes,
+    row_shape,
+)
 
 
 def _rows(
@@ -22,6 +31,7 @@ def _rows(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    reduction: int,
     ignore_index: int,
     label_smoothing: float,
     acc: torch.dtype,
@@ -39,7 +49,8 @@ def _rows(
             rows = rows * size
         if classes == 0:
             rows = 0  # torch divides by numel / C
-        return a if w is None else a * w, None, torch.full([], rows, dtype=acc, device=input.device)
+        divisor = mean_divisor(torch.full([], rows, dtype=acc, device=input.device), reduction, 0.0)
+        return a if w is None else a * w, None, divisor
     if weight is not None:
         check_weight_gradient(op, weight)
     target = target.reshape(row_shape(input))
@@ -54,10 +65,18 @@ def _rows(
     a = present * (1 - label_smoothing)
     if label_smoothing > 0:
         a = a + torch.where(valid, one * (label_smoothing / max(classes, 1)), zero)
-    divisor = present.sum()
-    if label_smoothing > 0:  # torch adds the mean of the targets' own terms, 0 / 0 where they all weigh nothing
-        divisor = torch.where(divisor == 0, divisor.new_full([], torch.nan), divisor)
-    return a, valid, divisor
+    return a, valid, mean_divisor(present.sum(), reduction, label_smoothing)
+
+
+def mean_divisor(weight: Tensor, reduction: int, label_smoothing: float) -> Tensor:
+    """The divisor of the mean from the sum of the weights, or the number of rows.
+
+    Infinite instead of 0 where loss and gradient of the mean over nothing are to be 0. Otherwise NaN instead of 0 with
+    smoothing: torch adds the mean of the targets' own terms, 0 / 0 where they all weigh nothing.
+    """
+    if reduction == MEAN_OR_ZERO:
+        return torch.where(weight == 0, torch.inf, weight)
+    return torch.where(weight == 0, torch.nan, weight) if label_smoothing > 0 else weight
 
 
 def check_weight_gradient(op: str, weight: Tensor) -> None:
@@ -70,7 +89,7 @@ def check_weight_gradient(op: str, weight: Tensor) -> None:
 
 
 def _reduce(rows: Tensor, divisor: Tensor, reduction: int) -> Tensor:
-    return rows if reduction == _NONE else rows.sum() / divisor if reduction == _MEAN else rows.sum()
+    return rows if reduction == NONE else rows.sum() if reduction == SUM else rows.sum() / divisor
 
 
 def _weighted(a: Tensor, log_probs: Tensor) -> Tensor:
@@ -82,7 +101,7 @@ def cross_entropy_forward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -90,7 +109,9 @@ def cross_entropy_forward(
     """Loss, maximum and log-sum of each row (zeros where ignored) and the divisor of the mean."""
     probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     loss_dtype, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
-    a, valid, total_weight = _rows("cross_entropy", logits, target, weight, ignore_index, label_smoothing, acc)
+    a, valid, total_weight = _rows(
+        "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing, acc
+    )
     x = logits.to(acc)
     if valid is not None:
         x = torch.where(valid, x, torch.zeros_like(x))
@@ -127,7 +148,7 @@ def cross_entropy_backward(
     """
     probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     _, acc = loss_dtypes(logits, target, weight, probabilities, None)
-    a, valid, divisor = _rows("cross_entropy", logits, target, weight, ignore_index, label_smoothing, acc)
+    a, valid, divisor = _rows("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing, acc)
     x = logits.to(acc)
     if valid is not None:
         x = torch.where(valid, x, torch.zeros_like(x))
@@ -141,23 +162,23 @@ def cross_entropy_backward(
 
 def _incoming(grad_output: Tensor, divisor: Tensor, input: Tensor, reduction: int) -> Tensor:
     """The incoming gradient of each row, with a dimension for the classes."""
-    if reduction == _NONE:
+    if reduction == NONE:
         return grad_output.reshape(row_shape(input)).unsqueeze(class_dim(input))
-    return grad_output.reshape([]) / divisor if reduction == _MEAN else grad_output.reshape([])
+    return grad_output.reshape([]) if reduction == SUM else grad_output.reshape([]) / divisor
 
 
 def nll_loss_forward(
     log_probs: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and the divisor of the mean."""
     check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     loss_dtype, acc = loss_dtypes(log_probs, target, weight, False, dtype)
-    a, valid, total_weight = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
+    a, valid, total_weight = _rows("nll_loss", log_probs, target, weight, reduction, ignore_index, 0.0, acc)
     # Only the target's entry is looked at; others may be anything.
     dim = class_dim(log_probs)
     index = torch.ops.nllx._checked_target(
@@ -184,7 +205,7 @@ def nll_loss_backward(
     """Gradient of the log-probabilities: -k w_y at the target, zero elsewhere."""
     check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     _, acc = loss_dtypes(log_probs, target, weight, False, None)
-    a, _, divisor = _rows("nll_loss", log_probs, target, weight, ignore_index, 0.0, acc)
+    a, _, divisor = _rows("nll_loss", log_probs, target, weight, reduction, ignore_index, 0.0, acc)
     grad = -_incoming(grad_output.to(acc), divisor, log_probs, reduction) * a
     hit = torch.where(a != 0, grad, torch.zeros_like(grad))  # nothing but the target's entry, if the divisor is 0 too
     return hit.to(log_probs.dtype)
@@ -208,7 +229,7 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -221,7 +242,7 @@ def nll_loss(
     log_probs: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     dtype: torch.dtype | None = None,
 ) -> Tensor:

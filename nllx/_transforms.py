@@ -20,9 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from nllx import _reference
-from nllx._fake import check_arguments, check_log_softmax, loss_dtypes
-
-_NONE, _MEAN, _SUM = 0, 1, 2
+from nllx._fake import MEAN, NONE, SUM, check_arguments, check_log_softmax, loss_dtypes
 
 _ops = torch.ops.nllx
 _Dims = tuple[int | None, ...]
@@ -110,6 +108,7 @@ def _divisors(
     target: Tensor,
     weight: Tensor | None,
     classes: int,
+    reduction: int,
     ignore_index: int,
     label_smoothing: float,
     probabilities: bool,
@@ -120,7 +119,8 @@ def _divisors(
         rows = 1
         for size in samples.rows:
             rows = rows * size
-        return torch.full([samples.size], rows if classes else 0, dtype=acc, device=target.device)
+        divisor = torch.full([samples.size], rows if classes else 0, dtype=acc, device=target.device)
+        return _reference.mean_divisor(divisor, reduction, 0.0)
     valid = target != ignore_index
     if weight is None:
         present = valid.to(acc)
@@ -129,16 +129,13 @@ def _divisors(
         present = torch.where(
             valid, weight.reshape(-1).to(acc)[index], torch.zeros([], dtype=acc, device=target.device)
         )
-    divisor = samples.sum(samples.split_rows(present))
-    if label_smoothing > 0:  # as in the definition
-        divisor = torch.where(divisor == 0, torch.nan, divisor)
-    return divisor
+    return _reference.mean_divisor(samples.sum(samples.split_rows(present)), reduction, label_smoothing)
 
 
 def _reduce(samples: _Samples, rows: Tensor, divisors: Tensor, reduction: int) -> Tensor:
-    if reduction == _NONE:
+    if reduction == NONE:
         return rows
-    return samples.sum(rows) / divisors if reduction == _MEAN else samples.sum(rows)
+    return samples.sum(rows) if reduction == SUM else samples.sum(rows) / divisors
 
 
 def _incoming(
@@ -150,9 +147,9 @@ def _incoming(
     reduction: int,
 ) -> Tensor:
     """The incoming gradient of each row."""
-    if reduction == _NONE:
+    if reduction == NONE:
         return samples.join_rows(grad_output, dim)
-    if reduction == _SUM:
+    if reduction == SUM:
         return samples.each(grad_output, dim)
     grad_output = _leading(grad_output.to(total_weight.dtype), dim, samples.size)
     return samples.each(grad_output / _leading(total_weight, weight_dim, samples.size), 0)
@@ -175,10 +172,10 @@ def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tupl
         samples.logits,
         joined,
         _flat(weight),
-        _NONE,
+        NONE,
         ignore_index,
         label_smoothing,
-        loss_dtype if reduction == _NONE else acc,
+        loss_dtype if reduction == NONE else acc,
     )
     divisors = _divisors(
         "cross_entropy",
@@ -186,6 +183,7 @@ def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tupl
         joined,
         weight,
         samples.logits.shape[1],
+        reduction,
         ignore_index,
         label_smoothing,
         probabilities,
@@ -210,7 +208,7 @@ def _cross_entropy_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tup
         _flat(weight),
         samples.join_rows(row_stats, dims[4], 2),
         total_weight.new_ones([]),
-        _NONE,
+        NONE,
         ignore_index,
         label_smoothing,
     )
@@ -225,9 +223,11 @@ def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tup
     joined = samples.join_rows(target, dims[1])
     loss_dtype, acc = loss_dtypes(log_probs, target, weight, False, dtype)
     rows, _ = _ops.nll_loss_forward(
-        samples.logits, joined, _flat(weight), _NONE, ignore_index, loss_dtype if reduction == _NONE else acc
+        samples.logits, joined, _flat(weight), NONE, ignore_index, loss_dtype if reduction == NONE else acc
     )
-    divisors = _divisors("nll_loss", samples, joined, weight, samples.logits.shape[1], ignore_index, 0.0, False, acc)
+    divisors = _divisors(
+        "nll_loss", samples, joined, weight, samples.logits.shape[1], reduction, ignore_index, 0.0, False, acc
+    )
     return (_reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype), divisors), (0, 0)
 
 
@@ -242,7 +242,7 @@ def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Te
         samples.join_rows(target, dims[2]),
         _flat(weight),
         total_weight.new_ones([]),
-        _NONE,
+        NONE,
         ignore_index,
     )
     return samples.split_classes(grad), 0
@@ -383,7 +383,7 @@ def register(library: torch.library.Library) -> None:
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
-        reduction: int = _MEAN,
+        reduction: int = MEAN,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -415,7 +415,7 @@ def register(library: torch.library.Library) -> None:
         log_probs: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
-        reduction: int = _MEAN,
+        reduction: int = MEAN,
         ignore_index: int = -100,
         dtype: torch.dtype | None = None,
     ) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -25,6 +26,7 @@ _log_softmax = torch.ops.nllx.log_softmax.default
 
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+_NAN = math.nan
 
 
 def _check_tensors(op: str, **tensors: Any) -> None:
@@ -56,6 +58,36 @@ def _real(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def _refuse_nested(op: str, input: Any) -> None:
+    """torch's losses take no nested tensors either, with errors from deep inside."""
+    if isinstance(input, Tensor) and input.is_nested:
+        raise NotImplementedError(
+            f"{op}: nested tensors have no rows of classes; give those of their parts: {op}(input.values(), target.values())"
+        )
+
+
+def _nested_log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    """Of the parts of a nested tensor, side by side."""
+    ragged = input._ragged_idx  # type: ignore[attr-defined]
+    axis = dim % input.dim()
+    if input.layout != torch.jagged or axis in (0, ragged) or input.lengths() is not None:  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            "log_softmax: of nested tensors those of the layout torch.jagged without holes are taken, along a dimension "
+            f"that is neither ragged nor that of the batch, but got {input.layout}, dim {dim}"
+        )
+    values = log_softmax(input.values(), axis - 1, dtype=dtype)
+    return torch.nested.nested_tensor_from_jagged(values, input.offsets(), jagged_dim=ragged)  # type: ignore[attr-defined]
+
+
+def _mean_or_zero(op: str, number: int, zero_division: Any) -> int:
+    """The operators' number of a reduction, from ATen's and what the mean over nothing is to be."""
+    if zero_division != 0:
+        if zero_division == zero_division or not isinstance(zero_division, numbers.Real):
+            raise ValueError(f"{op}: zero_division must be nan or 0, but got {zero_division!r}")
+        return number
+    return 3 if number == 1 else number
+
+
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     if torch.compiler.is_compiling():  # torch.compile traces neither the warning nor torch's function
         return "none" if reduce is False else "sum" if size_average is False else "mean"
@@ -73,6 +105,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     inplace_backward: bool = False,
+    zero_division: float = _NAN,
 ) -> Tensor:
     r"""Cross entropy between logits and targets, like :func:`torch.nn.functional.cross_entropy`, in one pass over the logits.
 
@@ -108,11 +141,13 @@ def cross_entropy(
             saved the logits, raises RuntimeError. The logits must be the output of an operation, not a leaf, and not
             expanded. Where the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and
             ``torch.compile``, it is a fresh tensor as ever.
+        zero_division: What the mean over nothing is: NaN, as torch has it, or 0, with a gradient of 0. Nothing is an empty
+            input, rows that are all ignored, or targets whose weights sum to 0.
 
     Returns:
         A scalar, or with ``"none"`` a tensor of the shape of index targets, in the dtype of ``input`` (promoted with that of
         ``target`` and ``weight`` for probabilities); float32 under autocast. Half-precision logits are accumulated in
-        float32 and the result is rounded once. The mean over nothing is NaN.
+        float32 and the result is rounded once.
 
     Raises:
         IndexError: a class index is out of range; the message names position and value.
@@ -122,6 +157,7 @@ def cross_entropy(
         NotImplementedError: ``input`` is not floating point.
     """
     if has_torch_function_variadic(input, target, weight):
+        _refuse_nested("cross_entropy", input)
         return handle_torch_function(
             cross_entropy,
             (input, target, weight),
@@ -134,6 +170,7 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
             inplace_backward=inplace_backward,
+            zero_division=zero_division,
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -142,6 +179,8 @@ def cross_entropy(
     if type(label_smoothing) is not float:
         label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
+    if zero_division is not _NAN:
+        number = _mean_or_zero("cross_entropy", number, zero_division)
     if torch.compiler.is_compiling():  # which traces operators alone
         _check_tensors("cross_entropy", input=input, target=target, weight=weight)
         return _cross_entropy(
@@ -158,6 +197,8 @@ def cross_entropy_value_and_grad(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     out: Tensor | None = None,
+    *,
+    zero_division: float = _NAN,
 ) -> tuple[Tensor, Tensor]:
     r"""Loss and gradient of the logits at once, without a graph: the logits are read from memory once, the gradient written.
 
@@ -166,7 +207,7 @@ def cross_entropy_value_and_grad(
     backward from the logits: ``logits.backward(grad)``.
 
     Args:
-        logits, target, weight, ignore_index, label_smoothing: As in :func:`cross_entropy`.
+        logits, target, weight, ignore_index, label_smoothing, zero_division: As in :func:`cross_entropy`.
         reduction: ``"mean"`` or ``"sum"``.
         out: Where the gradient goes: a tensor of the shape, dtype and device of ``logits``, which may be ``logits``
             themselves (their values are then lost; autograd sees it as an in-place change), but neither a part of them nor
@@ -192,6 +233,7 @@ def cross_entropy_value_and_grad(
             reduction=reduction,
             label_smoothing=label_smoothing,
             out=out,
+            zero_division=zero_division,
         )
     _check_tensors("cross_entropy", input=logits, target=target, weight=weight)
     if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
@@ -199,6 +241,8 @@ def cross_entropy_value_and_grad(
     if type(label_smoothing) is not float:
         label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
     number = _Reduction.get_enum(reduction)
+    if zero_division is not _NAN:
+        number = _mean_or_zero("cross_entropy", number, zero_division)
     if out is None:
         return _cross_entropy_value_and_grad(logits, target, weight, number, ignore_index, label_smoothing)
     if not isinstance(out, Tensor):
@@ -215,6 +259,8 @@ def nll_loss(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    zero_division: float = _NAN,
 ) -> Tensor:
     r"""Negative log likelihood of class indices, like :func:`torch.nn.functional.nll_loss`: :math:`-w_y l_y` for each row.
 
@@ -228,6 +274,7 @@ def nll_loss(
         ignore_index: Rows with this class index add nothing to the loss, the gradient or the divisor of the mean.
         reduce: Deprecated, see ``reduction``.
         reduction: ``"mean"`` divides the sum by the sum of the weights of the targets present; ``"sum"``; ``"none"``.
+        zero_division: What the mean over nothing is, NaN or 0; see :func:`cross_entropy`.
 
     Returns:
         A scalar, or with ``"none"`` a tensor of the shape of ``target``, in the dtype of ``input``; float32 under autocast.
@@ -236,6 +283,7 @@ def nll_loss(
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`.
     """
     if has_torch_function_variadic(input, target, weight):
+        _refuse_nested("nll_loss", input)
         return handle_torch_function(
             nll_loss,
             (input, target, weight),
@@ -246,12 +294,15 @@ def nll_loss(
             ignore_index=ignore_index,
             reduce=reduce,
             reduction=reduction,
+            zero_division=zero_division,
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
     if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
         ignore_index = _integer("nll_loss", "ignore_index", ignore_index)
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
+    if zero_division is not _NAN:
+        number = _mean_or_zero("nll_loss", number, zero_division)
     if torch.compiler.is_compiling():
         _check_tensors("nll_loss", input=input, target=target, weight=weight)
         return _nll_loss(input, target, weight, number, ignore_index)
@@ -282,6 +333,8 @@ def log_softmax(
         NotImplementedError: the dtype that is computed in is not floating point.
     """
     if has_torch_function_unary(input):
+        if isinstance(input, Tensor) and input.is_nested and dim is not None:
+            return _nested_log_softmax(input, dim, dtype)
         return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     if not isinstance(input, Tensor):
         _check_tensors("log_softmax", input=input)
@@ -293,5 +346,7 @@ def log_softmax(
     if type(dim) is not int or not _SMALLEST <= dim <= _LARGEST:
         dim = _integer("log_softmax", "dim", dim)
     if dtype is not None or torch.compiler.is_compiling():
+        if input.is_nested:
+            return _nested_log_softmax(input, dim, dtype)
         return _log_softmax(input, dim, dtype)
     return _C.log_softmax(input, dim)

@@ -3,6 +3,8 @@ and ``isinstance`` checks in users' code stay what they are."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: In [0, 1].
         inplace_backward: Write the gradient over the logits; see :func:`nllx.functional.cross_entropy` for when it is safe.
+        zero_division: What the mean over nothing is, NaN or 0; see :func:`nllx.functional.cross_entropy`.
     """
 
-    inplace_backward: bool = False  # of modules pickled before there was the option, and of torch's own
+    # Of modules pickled before there were these options, and of torch's own.
+    inplace_backward: bool = False
+    zero_division: float = math.nan
 
     def __init__(
         self,
@@ -36,9 +41,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         inplace_backward: bool = False,
+        zero_division: float = math.nan,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
+        self.zero_division = zero_division
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -49,6 +56,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             inplace_backward=self.inplace_backward,
+            zero_division=self.zero_division,
         )
 
 
@@ -61,10 +69,33 @@ class NLLLoss(torch.nn.NLLLoss):
         ignore_index: Class index of rows that do not count.
         reduce: Deprecated, see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        zero_division: What the mean over nothing is, NaN or 0; see :func:`nllx.functional.nll_loss`.
     """
 
+    zero_division: float = math.nan
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        zero_division: float = math.nan,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        self.zero_division = zero_division
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+        return F.nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            zero_division=self.zero_division,
+        )
 
 
 class LogSoftmax(torch.nn.LogSoftmax):

@@ -350,9 +350,9 @@ def test_operators_called_by_hand() -> None:
 
 
 _OPERATOR_MISTAKES: dict[str, Callable[[], object]] = {
-    "reduction": lambda: ops.cross_entropy(x, t, None, 3),
+    "reduction": lambda: ops.cross_entropy(x, t, None, 4),
     "negative reduction": lambda: ops.nll_loss(x, t, None, -1),
-    "backward: reduction": lambda: _cross_entropy_backward(reduction=3),
+    "backward: reduction": lambda: _cross_entropy_backward(reduction=4),
     "backward: row_stats of fewer rows": lambda: _cross_entropy_backward(row_stats=ones(2, 2)),
     "backward: row_stats of one number": lambda: _cross_entropy_backward(row_stats=ones(3)),
     "backward: row_stats of another dtype": lambda: _cross_entropy_backward(row_stats=ones(3, 2).double()),

@@ -560,6 +560,48 @@ class TestAutocast:
         assert_close(gradient, grad_of(F, "cross_entropy", logits.float(), target).to(dtype))
 
 
+class TestNestedTensors:
+    """torch's losses take none of them, its log_softmax the jagged ones without a gradient."""
+
+    @staticmethod
+    def _nested(layout: torch.layout = torch.jagged) -> Tensor:
+        torch.manual_seed(0)
+        return torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)], layout=layout, requires_grad=True)
+
+    def test_log_softmax(self) -> None:
+        nested = self._nested()
+        for dim in (-1, 2):
+            output, expected = N.log_softmax(nested, dim), F.log_softmax(nested.detach(), dim)
+            assert output.shape == expected.shape
+            assert_close(output.values(), expected.values())
+            assert_close((output + nested).values(), (expected + nested).values())
+        grad = torch.randn(5, 5)
+        (got,) = torch.autograd.grad(output.values(), nested, grad)
+        values = nested.values().detach().requires_grad_()
+        assert_close(got.values(), torch.autograd.grad(F.log_softmax(values, -1), values, grad)[0])
+        turned = nested.transpose(1, 2)
+        assert_close(N.log_softmax(turned, 1).values(), F.log_softmax(turned.detach(), 1).values())
+        assert N.log_softmax(nested, -1, dtype=torch.float64).dtype == torch.float64
+        compiled = torch.compile(lambda x: N.log_softmax(x, -1), backend="aot_eager", fullgraph=True)
+        assert_close(compiled(nested).values(), output.values())
+
+    def test_refused_with_a_way_out(self) -> None:
+        nested = self._nested()
+        target = torch.nested.nested_tensor_from_jagged(torch.tensor([0, 1, 2, 3, 4]), nested.offsets())
+        for loss in (N.cross_entropy, N.nll_loss):
+            with pytest.raises(NotImplementedError, match=r"nested.*values\(\)"):
+                loss(nested, target)
+        assert_close(
+            N.cross_entropy(nested.values(), target.values()), F.cross_entropy(nested.values(), target.values())
+        )
+        for dim in (0, 1):
+            with pytest.raises(NotImplementedError, match="jagged"):
+                N.log_softmax(nested, dim)
+        for functional in (F, N):  # of the strided kind it is a tensor of another backend
+            with pytest.raises(NotImplementedError, match="NestedTensor"):
+                functional.log_softmax(self._nested(torch.strided), -1)
+
+
 class TestTransforms:
     """Other ways to differentiate give what torch's functions give."""
 

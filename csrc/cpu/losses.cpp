@@ -54,13 +54,13 @@ ChunkResult run_forward(const CrossEntropyForward& p, int type) {
   return total;
 }
 
-// The mean over nothing is NaN, as torch has it.
+// The mean over nothing is NaN, as torch has it, unless zero is asked for.
 void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
             Tensor& total_weight) {
   const double weight = loss.probabilities_given ? loss.probability_rows() : index_divisor(loss.targets, result.weight);
   set_scalar(total_weight, weight);
   if (static_cast<Reduction>(reduction) == Reduction::kSum) set_scalar(loss_tensor, result.loss);
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) set_scalar(loss_tensor, result.loss / weight);
+  if (is_mean(static_cast<Reduction>(reduction))) set_scalar(loss_tensor, result.loss / weight);
 }
 
 }  // namespace
@@ -273,7 +273,7 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   p.extent = arrays.extent;
   p.layout = arrays.layout;
   p.targets = loss.targets;
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
+  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = total_weight.const_data_ptr();
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
   Chunks chunks(p.extent, p.layout);

@@ -79,7 +79,7 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
   const CudaProblem problem = cuda_problem(p, &gradient, type);
   const CudaPlan plan = cuda_plan(CudaOp::kValueAndGrad, problem, device);
   CrossEntropyBackward b = gradient;
-  const bool mean = r.reduction == Reduction::kMean;
+  const bool mean = is_mean(r.reduction);
   if (!gradient_in_forward(plan, cuda_plan(CudaOp::kForward, problem, device))) {
     cudaError_t status = launch_cross_entropy_forward(p, r, type, device, bad, stream);
     if (mean) b.total_weight = r.total_weight;

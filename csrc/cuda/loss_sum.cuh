@@ -22,7 +22,7 @@ __device__ __forceinline__ void write_loss(const LossReduction& r, const Targets
   if (targets.index) weight = index_divisor(targets, weight);
   *static_cast<acc*>(r.total_weight) = static_cast<acc>(weight);
   if (r.reduction == Reduction::kNone || r.loss == nullptr) return;
-  const double value = r.reduction == Reduction::kMean ? loss / weight : loss;
+  const double value = r.reduction == Reduction::kSum ? loss : loss / weight;
   if (r.loss_is_acc) {
     *static_cast<acc*>(r.loss) = static_cast<acc>(value);
   } else {

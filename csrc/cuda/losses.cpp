@@ -238,7 +238,7 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
   p.extent = arrays.extent;
   p.layout = arrays.layout;
   p.targets = loss.targets;
-  if (static_cast<Reduction>(reduction) == Reduction::kMean) p.total_weight = total_weight.const_data_ptr();
+  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = total_weight.const_data_ptr();
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
   C10_CUDA_CHECK(launch_nll_loss_backward(p, loss.float_type(), current_cuda_device(), bad_target_record(), stream));

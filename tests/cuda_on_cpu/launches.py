@@ -107,6 +107,7 @@ class Settings:
     in_place: there, the gradient over the logits.
     order, most_blocks: of the emulator. shifts: elements that the input and its gradient (or log_softmax's output)
     begin past a 16-byte boundary; None: as the table has it. loss_dtype: None for torch's. memory: where tensors lie.
+    mean_or_zero: for a case whose reduction is the mean, the mean that is 0 over nothing.
     """
 
     order: int = ASCENDING
@@ -117,6 +118,7 @@ class Settings:
     device: CudaDevice = H100
     together: bool = False
     in_place: bool = False
+    mean_or_zero: bool = False
 
 
 @dataclasses.dataclass
@@ -145,7 +147,11 @@ class _Loss:
         self.kept: list[Tensor | None] = []  # what the launches only have addresses of
         self.input, self.probabilities = problem.input, None
         self.torchs_loss_dtype = self.input.dtype
-        self.targets = Targets(ignore_index=case.ignore_index, label_smoothing=case.label_smoothing)
+        self.targets = Targets(
+            ignore_index=case.ignore_index,
+            label_smoothing=case.label_smoothing,
+            mean_or_zero=settings.mean_or_zero,
+        )
         if case.has_probabilities:
             for tensor in (problem.target, problem.weight):
                 if tensor is not None:
@@ -222,7 +228,7 @@ class _Loss:
         divisor = self.memory.empty([], self.acc)
         self.kept += [partials, row_parts, divisor]
         return LossReduction(
-            reduction=REDUCTIONS.index(self.case.reduction),
+            reduction=3 if self.settings.mean_or_zero else REDUCTIONS.index(self.case.reduction),
             loss_is_acc=self.output.dtype == self.acc,
             loss=address(self.output),
             total_weight=address(self.total_weight),

@@ -184,6 +184,25 @@ def test_split_rows(dtype: torch.dtype, smoothing: float, kernels: Kernels) -> N
         check_same(run(kernels, problem, settings), expected, f"the order of the blocks: {settings}")
 
 
+# A mean over nothing that is 0, from every place that writes a divisor.
+@pytest.mark.parametrize("shape", [(5, 4), (3, 1000), (2, 70_001), (3, 12, 7)], ids=str)
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("together", [False, True])
+def test_mean_or_zero(op: str, shape: tuple[int, ...], together: bool, kernels: Kernels) -> None:
+    smoothing = 0.1 if op == "cross_entropy" else 0.0
+    for ignored in ("all", "some"):
+        case = variant(Case("", "", shape, op=op, ignored=ignored, label_smoothing=smoothing))
+        problem = build(case)
+        result = run(kernels, problem, Settings(together=together, mean_or_zero=True))
+        usual = run(kernels, problem, Settings(together=together))
+        if ignored == "all":
+            assert usual.output.isnan()
+            assert result.output == 0
+            assert (result.grad == 0).all()
+        else:
+            check_same(result, usual, "what the mean over nothing is")
+
+
 # Small devices have the wide planes in vectors that the cases are too small for otherwise.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
