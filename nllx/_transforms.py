@@ -1,9 +1,8 @@
 """Operators under the transforms of torch.func: per-sample problems become one problem for the kernels.
 
-Outside of these transforms csrc/autograd.cpp has the derivatives. functorch cannot see into a node of C++, so each of its
-calls goes through a :class:`torch.autograd.Function` here: the forward and the first derivative with respect to logits or
-log-probabilities are the kernels, under ``vmap`` too, and every other derivative is that of the definition in
-nllx/_reference.py.
+Outside of these transforms csrc/autograd.cpp has the derivatives. functorch's own calls come here: the forward and the first
+derivative with respect to logits or log-probabilities are the kernels, under ``vmap`` too, and every other derivative is that
+of the definition in nllx/_reference.py.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch._C._functorch import TransformType
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
-from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from nllx import _reference
 from nllx._fake import MEAN, NONE, SUM, check_arguments, check_log_softmax, loss_dtypes
@@ -190,7 +191,7 @@ def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tupl
         acc,
     )
     loss = _reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype)
-    return (loss, samples.split_rows(row_stats, trailing=1), divisors), (0, 0, 0)
+    return (loss, samples.split_rows(row_stats, trailing=1), divisors), 0
 
 
 def _cross_entropy_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
@@ -228,7 +229,7 @@ def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tup
     divisors = _divisors(
         "nll_loss", samples, joined, weight, samples.logits.shape[1], reduction, ignore_index, 0.0, False, acc
     )
-    return (_reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype), divisors), (0, 0)
+    return (_reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype), divisors), 0
 
 
 def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
@@ -280,26 +281,25 @@ def _function(
 ) -> Callable[..., Any]:
     """An operator, whose first `tensors` arguments are tensors, as a call that functorch can transform.
 
-    `gradient`, if there is a kernel for it: that of the first argument, from (grad_output, arguments, results).
+    It does what the outermost transform asks for, and calls the operator again for the ones inside of it. (The
+    autograd.Function that users write goes the same way, with searches through nested arguments that take longer than the
+    kernels.) `gradient`, if there is a kernel for it: that of the first argument, from (grad_output, arguments, results).
     """
     operator = getattr(_ops, name).default
 
-    def differentiated(arguments: Sequence[Any], which: Sequence[int]) -> Callable[..., Any]:
-        """The definition's first result as a function of the arguments `which`."""
+    class Node(_SingleLevelFunction):
+        """The derivatives of one level of grad."""
 
-        def function(*values: Tensor) -> Tensor:
-            full = list(arguments)
-            for i, value in zip(which, values, strict=True):
-                full[i] = value
-            result = definition(*full)
-            return result[0] if isinstance(result, tuple) else result
-
-        return function
-
-    class Operator(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return operator(*arguments)
+            interpreter = retrieve_current_functorch_interpreter()
+            level = interpreter.level()
+            plain = [_functorch._unwrap_for_grad(a, level) if isinstance(a, Tensor) else a for a in arguments]
+            with torch.enable_grad(), _set_fwd_grad_enabled(True), interpreter.lower():
+                result = operator(*plain)
+            if isinstance(result, tuple):
+                return tuple(_functorch._wrap_for_grad(t, level) for t in result)
+            return _functorch._wrap_for_grad(result, level)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -307,9 +307,8 @@ def _function(
             results = output if isinstance(output, tuple) else (output,)
             if len(results) > 1:
                 ctx.mark_non_differentiable(*results[1:])
-            ctx.options, ctx.results = inputs[tensors:], len(results)
+            ctx.options = inputs[tensors:]
             ctx.save_for_backward(*inputs[:tensors], *results)
-            ctx.save_for_forward(*inputs[:tensors])
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -320,48 +319,54 @@ def _function(
             which = [i for i in range(tensors) if ctx.needs_input_grad[i] and arguments[i].is_floating_point()]
             if which == [0] and gradient is not None:
                 return (gradient(grad_output, arguments, results), *none[1:])
-            pullback = torch.func.vjp(differentiated(arguments, which), *(arguments[i] for i in which))[1]
+
+            def differentiated(*values: Tensor) -> Tensor:
+                full = list(arguments)
+                for i, value in zip(which, values, strict=True):
+                    full[i] = value
+                result = definition(*full)
+                return result[0] if isinstance(result, tuple) else result
+
+            pullback = torch.func.vjp(differentiated, *(arguments[i] for i in which))[1]
             for i, grad in zip(which, pullback(grad_output), strict=True):
                 none[i] = grad
             return tuple(none)
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            # Around this call forward mode is off, down to the outer levels, whose tangents would be lost without a
-            # word; this level's are taken off by hand. A level of forward mode cannot be opened here in compiled code,
-            # so the derivative is that of the pullback, which is linear.
-            with _set_fwd_grad_enabled(True):
-                saved = [t if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors[:tensors]]
-                which = [i for i in range(tensors) if tangents[i] is not None]
-                function = differentiated((*saved, *ctx.options), which)
-                output, pullback, *_ = torch.func.vjp(function, *(saved[i] for i in which))
-                transposed = torch.func.vjp(pullback, torch.zeros_like(output))[1]
-                (tangent,) = transposed(tuple(tangents[i] for i in which))
-            return tangent if ctx.results == 1 else (tangent, *[None] * (ctx.results - 1))
+    def of_samples(interpreter: Any, arguments: Sequence[Any]) -> Any:
+        level = interpreter.level()
+        pairs = [_functorch._unwrap_batched(a, level) if isinstance(a, Tensor) else (a, None) for a in arguments]
+        plain, in_dims = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
+        with interpreter.lower():
+            if all(dim is None for dim in in_dims):
+                return operator(*plain)
+            result = batched(interpreter.batch_size(), in_dims, *plain)
+            if result is None:
+                given, options = plain[:tensors], plain[tensors:]
+                result = torch.vmap(lambda *given: definition(*given, *options), in_dims[:tensors])(*given), 0
+        output, dim = result
+        if isinstance(output, tuple):
+            return tuple(_functorch._add_batch_dim(t, dim, level) for t in output)
+        return _functorch._add_batch_dim(output, dim, level)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: _Dims, *arguments: Any) -> Any:
-            result = batched(info.batch_size, in_dims, *arguments)
-            if result is not None:
-                return result
-            options = arguments[tensors:]
-            result = torch.vmap(lambda *given: definition(*given, *options), in_dims[:tensors])(*arguments[:tensors])
-            return result, tuple([0] * len(result)) if isinstance(result, tuple) else 0
-
-    Operator.__name__ = Operator.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
-
-    def call(*arguments: Any) -> Any:
-        transform = torch._C._functorch.peek_interpreter_stack().key()
+    def call(*given: Any) -> Any:
+        arguments = [_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in given]
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        transform = interpreter.key()
+        if transform == TransformType.Vmap:
+            return of_samples(interpreter, arguments)
+        if transform == TransformType.Grad:
+            lift = interpreter._cptr.lift
+            with enable_single_level_autograd_function():
+                return Node.apply(*[lift(a) if isinstance(a, Tensor) else a for a in arguments])  # type: ignore[attr-defined]
         if transform == TransformType.Jvp:
             return definition(*arguments)
-        if transform == TransformType.Functionalize:  # which Functions do not have
-            level = FunctorchFunctionalizeAPI(retrieve_current_functorch_interpreter())  # type: ignore[arg-type]
-            plain = level.unwrap_tensors(arguments)
-            with level.redispatch_to_next():
-                result = operator(*plain)
-            return level.wrap_tensors(result)
-        return Operator.apply(*arguments)
+        level = FunctorchFunctionalizeAPI(interpreter)
+        plain = level.unwrap_tensors(tuple(arguments))
+        with level.redispatch_to_next():
+            result = operator(*plain)
+        return level.wrap_tensors(result)
 
+    Node.__name__ = Node.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
     return call
 
 
