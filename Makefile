@@ -4,6 +4,8 @@
 ENVIRONMENT := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
 setup := sh tools/setup_environment.sh "$(ENVIRONMENT)"
 run := . build/environment.sh && python
+# Tests hold a core each; every process of more takes a gigabyte.
+workers := -n auto --maxprocesses 4
 
 cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
@@ -25,7 +27,7 @@ demo: build
 	@$(run) -m demo $(ARGS)
 
 test: build
-	@$(run) -m pytest $(ARGS)
+	@$(run) -m pytest $(workers) $(ARGS)
 
 bench: build
 	@$(run) -m benchmarks --quick $(ARGS)

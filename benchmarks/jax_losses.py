@@ -91,6 +91,8 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 
 def bind(function: Callable[..., Any], inputs: Inputs) -> Calls:
     """Calls of ``jit(function)`` and of ``jit(value_and_grad(function))``, or its vjp where there is an incoming gradient."""
+    if inputs.per_sample:
+        raise NotImplementedError("is not timed under jax.vmap")
     logits = inputs.logits
     last = logits.dim() == 4 and logits.is_contiguous(memory_format=torch.channels_last)
     axis = -1 if last else 1

@@ -44,6 +44,8 @@ class Calls:
 
 def bind(function: Function, inputs: Inputs) -> Calls:
     """Calls of a function with torch's signature that takes part in torch's autograd."""
+    if inputs.per_sample:
+        return _bind_per_sample(function, inputs)
     leaf = inputs.logits.detach().requires_grad_()
 
     @torch.no_grad()
@@ -66,11 +68,31 @@ def bind(function: Function, inputs: Inputs) -> Calls:
     return Calls(forward, forward_backward, Prepared(with_graph, backward))
 
 
+def _bind_per_sample(function: Function, inputs: Inputs) -> Calls:
+    """Calls under ``torch.func``: the loss, or loss and gradient, of each sample as a batch of one."""
+
+    def loss(logits: Tensor, *args: Tensor) -> Tensor:
+        return function(logits.unsqueeze(0), *(arg.unsqueeze(0) for arg in args), **inputs.options)
+
+    losses = torch.func.vmap(loss)
+    gradients = torch.func.vmap(torch.func.grad_and_value(loss))
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return losses(inputs.logits, *inputs.args)
+
+    def forward_backward() -> tuple[Tensor, Tensor]:
+        gradient, output = gradients(inputs.logits, *inputs.args)
+        return output, gradient
+
+    return Calls(forward, forward_backward)
+
+
 def bind_nllx(function: Function, inputs: Inputs) -> Calls:
     from nllx import functional
 
     calls = bind(function, inputs)
-    if function is not functional.cross_entropy:
+    if function is not functional.cross_entropy or inputs.per_sample:
         return calls
 
     def value_and_grad() -> tuple[Tensor, Tensor]:
@@ -87,7 +109,8 @@ def bind_in_place(function: Function, inputs: Inputs) -> Calls:
     scratch = inputs.logits.clone()
     calls = bind(function, replace(inputs, logits=scratch))
     backward = calls.backward
-    assert backward is not None
+    if backward is None:
+        raise NotImplementedError("is not timed under torch.func")
 
     def forward_backward() -> tuple[Tensor, Tensor]:
         output = backward.prepare()

@@ -19,9 +19,10 @@ UNLABELLED = 255
 class Case:
     """One timed problem. The class dimension is 1, the reduction is the mean.
 
-    ``ignored`` is the share of targets equal to ``UNLABELLED``, which is then the ``ignore_index``. ``quick``: part of a
-    quick run on a CPU. On a GPU ``quick_dtypes`` are those of a quick run, which has ``torch.compile`` in the first of
-    them if ``quick_compile``; ``launch_bound``: wall time counts, not the GPU's.
+    ``per_sample``: each row is a problem of its own, mapped over by ``torch.func.vmap``. ``ignored`` is the share of
+    targets equal to ``UNLABELLED``, which is then the ``ignore_index``. ``quick``: part of a quick run on a CPU. On a GPU
+    ``quick_dtypes`` are those of a quick run, which has ``torch.compile`` in the first of them if ``quick_compile``;
+    ``launch_bound``: wall time counts, not the GPU's.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     ignored: float = 0.0
     label_smoothing: float = 0.0
     channels_last: bool = False
+    per_sample: bool = False
     quick: bool = False
     launch_bound: bool = False
     quick_dtypes: tuple[str, ...] = ()
@@ -58,6 +60,10 @@ def _planes(name: str, origin: str, shape: tuple[int, ...], quick: bool = False)
         contiguous,
         replace(contiguous, name=f"{name}-channels-last", origin=f"{origin}, channels-last", channels_last=True),
     ]
+
+
+def _per_sample(origin: str, shape: tuple[int, int]) -> Case:
+    return Case(f"samples-{shape[0]}x{shape[1]}", f"loss and gradient of each sample, {origin}", shape, per_sample=True)
 
 
 def _alone(op: Op, origin: str) -> list[Case]:
@@ -90,6 +96,10 @@ CASES: list[Case] = [
     Case("smoothing-65536x10", "short rows, smoothing 0.1", (65536, 10), label_smoothing=0.1),
     Case("smoothing-32x10", "a small classifier's step, smoothing 0.1", (32, 10), label_smoothing=0.1),
     Case("smoothing-8x21x512x512", "segmentation, smoothing 0.1", (8, 21, 512, 512), label_smoothing=0.1),
+    _per_sample("a small classifier's step", (64, 10)),
+    _per_sample("10 classes", (4096, 10)),
+    _per_sample("ImageNet-1k", (4096, 1000)),
+    _per_sample("a Llama 2 vocabulary", (512, 32000)),
     *_alone("nll_loss", "on log-probabilities; one element of a row is read"),
     *_alone("log_softmax", "what a model's last layer computes where the loss is NLLLoss"),
 ]
@@ -139,12 +149,16 @@ CUDA_CASES: list[Case] = [
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call ``function(logits, *args, **options)``, followed by ``backward(grad_output)``."""
+    """Arguments of one call ``function(logits, *args, **options)``, followed by ``backward(grad_output)``.
+
+    ``per_sample``: of a call for each index of the first dimension of logits and args, whose samples keep it at size 1.
+    """
 
     logits: Tensor
     args: tuple[Tensor, ...]
     options: dict[str, Any]
     grad_output: Tensor | None
+    per_sample: bool = False
 
     def double(self) -> Inputs:
         """The same values in float64; index targets stay as they are."""
@@ -157,6 +171,7 @@ class Inputs:
             tuple(convert(arg) for arg in self.args),
             {key: convert(value) for key, value in self.options.items()},
             convert(self.grad_output),
+            self.per_sample,
         )
 
 
@@ -189,4 +204,4 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         options["weight"] = (torch.rand(case.classes, generator=generator, device=device) + 0.5).to(dtype)
     if case.label_smoothing:
         options["label_smoothing"] = case.label_smoothing
-    return Inputs(logits, (target,), options, None)
+    return Inputs(logits, (target,), options, None, case.per_sample)

@@ -90,7 +90,13 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   }
   t.ignore_index = args.ignore_index;
   t.label_smoothing = args.label_smoothing;
-  t.mean_or_zero = static_cast<Reduction>(args.reduction) == Reduction::kMeanOrZero;
+  // Over infinity, loss and gradient are zero. With smoothing, torch's mean over nothing is NaN even if the sum of the
+  // smoothing terms is not zero: it adds 0 / 0 to it.
+  if (static_cast<Reduction>(args.reduction) == Reduction::kMeanOrZero) {
+    t.zero_divisor = std::numeric_limits<double>::infinity();
+  } else if (args.label_smoothing > 0 && !p.probabilities_given) {
+    t.zero_divisor = std::numeric_limits<double>::quiet_NaN();
+  }
   return p;
 }
 

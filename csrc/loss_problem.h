@@ -31,7 +31,7 @@ struct LossProblem {
   // The divisor of the mean for probability targets: torch's numel / C, so the mean over no classes is NaN.
   double probability_rows() const {
     if (probabilities_given && input.numel() > 0) return static_cast<double>(rows());
-    return targets.mean_or_zero ? std::numeric_limits<double>::infinity() : 0.;
+    return targets.zero_divisor;
   }
   FloatType float_type() const { return nllx::float_type("", "", input.scalar_type()); }
   bool loss_is_acc() const { return loss_dtype == acc_dtype; }

@@ -62,12 +62,9 @@ NLLX_HOST_DEVICE bool is_class(int64_t index, int64_t classes) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(classes);
 }
 
-// The divisor of the mean for index targets. Where it is zero, torch's mean with smoothing is NaN even if the sum of
-// the smoothing terms is not zero: it adds 0 / 0 to it.
+// The divisor of the mean for index targets.
 NLLX_HOST_DEVICE double index_divisor(const Targets& targets, double weight) {
-  if (weight != 0.) return weight;
-  if (targets.mean_or_zero) return __builtin_inf();
-  return targets.label_smoothing > 0. ? __builtin_nan("") : 0.;
+  return weight == 0. ? targets.zero_divisor : weight;
 }
 
 NLLX_HOST_DEVICE int64_t load_index(const void* index, IndexType type, int64_t row) {

@@ -43,12 +43,12 @@ struct Targets {
   IndexType index_type = IndexType::kInt64;
   const void* probabilities = nullptr;  // an array (outer, classes, inner) in the layout of the logits
   bool probabilities_are_acc = false;   // element type: acc, or that of the logits
-  bool mean_or_zero = false;            // a divisor of zero becomes infinity: loss and gradient are then zero
   Strides probability_strides;
   const void* weight = nullptr;      // acc, one per class, contiguous; null: all ones
   const void* weight_sum = nullptr;  // acc, one number: the sum of `weight`; read only with smoothing
   int64_t ignore_index = -100;
   double label_smoothing = 0;
+  double zero_divisor = 0;  // what takes the place of a divisor of zero in the mean
 };
 
 struct CrossEntropyForward {

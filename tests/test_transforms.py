@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,8 @@ def _check(transform: Transform, op: str, shape: str, device: str, record_proper
 
     record_property("transform", transform.name)
     record_property("op", op)
+    record_property("torch", str(torch.__version__))  # a subclass of str does not pass between processes
+    record_property("place", (TRANSFORMS.index(transform), list(OPS).index(op), list(_SHAPES).index(shape)))
     expected, torch_raises = _attempt(lambda: run(torch.nn.functional))
     if torch_raises:  # at the layout, or the operation: held against the same numbers, or the definition
         expected, raises = _attempt(lambda: run(torch.nn.functional, layout="contiguous"))
@@ -111,4 +114,8 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
+    """Type and message, without what the shape or the build decides."""
+    message = str(error).splitlines()[0].split(". ")[0].split("; ")[0]
+    message = re.sub(r"\[torch\.\w+ \[[\d, ]*\]\]", "a tensor", message)
+    message = re.sub(r'"[^"]*/([^"/]+)":\d+', r"\1", message)
+    return f"{type(error).__name__}: {message}"

@@ -18,6 +18,8 @@ TORCH_WITH_CUDA=2.11.0
 NEEDED_GB=20
 environment=$PWD/.venv-cuda
 tree=$PWD/build/cuda-tree
+results=$PWD/build/tests-cuda-build.xml
+workers='-n auto --maxprocesses 4'
 
 find_nvcc() {
     if [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then return; fi
@@ -65,7 +67,8 @@ info = build_info()
 print("torch", torch.__version__, "and nllx", nllx.__version__, "with CUDA", info["cuda"], "for", info["cuda_architectures"])
 assert info["cuda"] == torch.version.cuda, info'
         # The kernels on the CPU do not depend on torch's version and have a stage of their own.
-        python -m pytest tests --ignore tests/cuda_on_cpu
+        # shellcheck disable=SC2086
+        python -m pytest tests --ignore tests/cuda_on_cpu $workers --junit-xml="$results"
     )
 }
 
@@ -75,7 +78,8 @@ run_kernels() {
 }
 
 run_on_cpu() {
-    python -m pytest tests/cuda_on_cpu -m ''
+    # shellcheck disable=SC2086
+    python -m pytest tests/cuda_on_cpu -m '' $workers
 }
 
 find_nvcc

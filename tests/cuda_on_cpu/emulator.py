@@ -43,12 +43,12 @@ class Targets(ctypes.Structure):
         ("index_type", c_uint8),
         ("probabilities", c_void_p),
         ("probabilities_are_acc", c_bool),
-        ("mean_or_zero", c_bool),
         ("probability_strides", Strides),
         ("weight", c_void_p),
         ("weight_sum", c_void_p),
         ("ignore_index", c_int64),
         ("label_smoothing", c_double),
+        ("zero_divisor", c_double),
     ]
 
 

@@ -150,8 +150,11 @@ class _Loss:
         self.targets = Targets(
             ignore_index=case.ignore_index,
             label_smoothing=case.label_smoothing,
-            mean_or_zero=settings.mean_or_zero,
         )
+        if settings.mean_or_zero:
+            self.targets.zero_divisor = math.inf
+        elif case.label_smoothing > 0 and not case.has_probabilities:
+            self.targets.zero_divisor = math.nan
         if case.has_probabilities:
             for tensor in (problem.target, problem.weight):
                 if tensor is not None:
