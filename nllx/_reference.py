@@ -205,10 +205,15 @@ def nll_loss_backward(
     """Gradient of the log-probabilities: -k w_y at the target, zero elsewhere."""
     check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     _, acc = loss_dtypes(log_probs, target, weight, False, None)
-    a, _, divisor = _rows("nll_loss", log_probs, target, weight, reduction, ignore_index, 0.0, acc)
+    a, valid, divisor = _rows("nll_loss", log_probs, target, weight, reduction, ignore_index, 0.0, acc)
     grad = -_incoming(grad_output.to(acc), divisor, log_probs, reduction) * a
-    hit = torch.where(a != 0, grad, torch.zeros_like(grad))  # nothing but the target's entry, if the divisor is 0 too
-    return hit.to(log_probs.dtype)
+    # Nothing but the target's entry, if the divisor is 0 too.
+    dim = class_dim(log_probs)
+    classes = log_probs.shape[dim]
+    index = torch.ops.nllx._checked_target(target.reshape(row_shape(log_probs)), classes, ignore_index, "nll_loss")
+    each = torch.arange(classes, device=log_probs.device).view([-1] + [1] * (log_probs.dim() - 1 - dim))
+    hit = each == index.unsqueeze(dim)
+    return torch.where(hit if valid is None else hit & valid, grad, torch.zeros_like(grad)).to(log_probs.dtype)
 
 
 def log_softmax_forward(input: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from nllx import _C
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
 )
-hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=10_000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

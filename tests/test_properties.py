@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, REDUCTIONS, Case, build
+from cases import LAYOUTS, REDUCTIONS, Case, Problem, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import answer, check_gradients, check_output
 from torch import Tensor
 from torch.testing import assert_close
+from transforms import numbers
 
 import nllx
 
@@ -68,6 +72,67 @@ def test_generated_problem(case: Case) -> None:
         result = answer(build(case), nllx.functional, input_only=input_only)
         check_output(case, result.output)
         check_gradients(case, result.grads)
+
+
+def _second_order(problem: Problem, functional: Any, plain: bool) -> list[Tensor]:
+    """Derivatives of a function of output and gradients that is linear in neither. `plain`: of contiguous tensors."""
+    case = problem.case
+    leaves = [leaf.contiguous() if plain else leaf for leaf in problem.differentiable]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    target = problem.target
+    if plain and target is not None and not target.is_floating_point():
+        target = target.long()
+    rest = (target, problem.weight)[len(leaves) - 1 :]
+    output = Problem(case, *leaves, *rest).call(functional)
+    if not output.numel():
+        return []
+    first = torch.autograd.grad(output.square().sum() + output.sum(), leaves, create_graph=True)
+    total = sum((g.square().sum() + (g * numbers(g)).sum() for g in first), output.new_zeros([]))
+    return list(torch.autograd.grad(total, leaves))
+
+
+@given(cases())
+def test_generated_second_order(case: Case) -> None:
+    """In float64, against torch's loss of contiguous tensors: of others its nll_loss has no gradient."""
+    problem = build(dataclasses.replace(case, dtype=torch.float64, scale=min(case.scale, 5.0), offset=0.0))
+    expected = _second_order(problem, F, plain=True)
+    for got, want in zip(_second_order(problem, nllx.functional, plain=False), expected, strict=True):
+        largest = want.nan_to_num().abs().max().item() if want.numel() else 0.0
+        assert_close(got, want, rtol=1e-8, atol=1e-10 * (1 + largest), equal_nan=True)
+
+
+@given(cases(), st.integers(1, 4), st.integers(-3, 2), st.booleans(), st.booleans())
+def test_generated_samples(case: Case, size: int, dim: int, mapped_target: bool, mapped_weight: bool) -> None:
+    """``vmap`` and per-sample gradients against torch's loss of each sample."""
+    case = dataclasses.replace(case, dtype=torch.float64, scale=min(case.scale, 5.0), offset=0.0)
+    if not case.has_probabilities:
+        case = dataclasses.replace(case, target_dtype=torch.int64)
+    problems = [build(dataclasses.replace(case, name=f"{case.name} {i}")) for i in range(size)]
+    columns = [[getattr(p, name) for p in problems] for name in ("input", "target", "weight")]
+    batched: list[Any] = []
+    in_dims: list[int | None] = []
+    for column, mapped in zip(columns, (True, mapped_target, mapped_weight), strict=True):
+        if column[0] is None or not mapped:
+            column[:] = [column[0]] * size
+            batched.append(column[0])
+            in_dims.append(None)
+        else:
+            in_dims.append(max(-column[0].dim() - 1, min(dim, column[0].dim())))
+            batched.append(torch.stack(column, in_dims[-1]))
+
+    def value(x: Tensor, target: Tensor, weight: Tensor, functional: Any) -> tuple[Tensor, Tensor]:
+        output = Problem(case, x, target, weight).call(functional)
+        return (output * numbers(output)).sum() + output.square().sum(), output
+
+    def gradient(*tensors: Any) -> Any:
+        return torch.func.grad(functools.partial(value, functional=nllx.functional), has_aux=True)(*tensors)
+
+    grads, outputs = torch.vmap(gradient, tuple(in_dims))(*batched)
+    for i in range(size):
+        x = columns[0][i].detach().contiguous().requires_grad_()
+        total, output = value(x, columns[1][i], columns[2][i], F)
+        assert_close(outputs[i], output, rtol=1e-9, atol=1e-11, equal_nan=True)
+        assert_close(grads[i], torch.autograd.grad(total, x)[0], rtol=1e-8, atol=1e-10, equal_nan=True)
 
 
 _logits = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**99), max_value=2.0**99)

@@ -4,8 +4,10 @@ documentation of nllx names a difference, the test's name begins with ``test_nll
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -290,6 +292,15 @@ class TestOptions:
         assert same_with_gradient("nll_loss", x, t, weight).isnan()
         for op in LOSSES:
             assert same_with_gradient(op, x, t, weight, reduction="sum") == 0
+
+    def test_weight_zero_under_vmap_over_weights(self) -> None:
+        """Where the divisor is 0 the target's entry is NaN and the others are not, in the definition too."""
+        weights = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+
+        gradients = torch.vmap(torch.func.grad(lambda x, w: N.nll_loss(x, t, w)), (None, 0))(x, weights)
+        each = torch.stack([grad_of(F, "nll_loss", x, t, w) for w in weights])  # torch's own vmap has NaN everywhere
+        assert each.isnan().any()
+        assert_close(gradients, each, equal_nan=True)
 
     def test_all_weights_zero_with_smoothing(self) -> None:
         """The weights of the targets are zero, those of other classes are not: 0 / 0 + number / 0."""
@@ -705,3 +716,13 @@ def test_autocast_with_float64_weights_and_probabilities() -> None:
         theirs = torch.nn.functional.cross_entropy(logits.bfloat16(), target.bfloat16(), weight)
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_differences_name_their_tests() -> None:
+    root = Path(__file__).resolve().parent
+    sources = "".join(path.read_text() for path in root.glob("test_*.py"))
+    rows = [line for line in (root.parent / "docs" / "differences.md").read_text().splitlines() if line.endswith("` |")]
+    named = [line.rsplit("`", 2)[1] for line in rows]
+    assert len(named) > 10
+    for name in named:
+        assert re.search(rf"^\s*(def|class) {name}\b", sources, re.MULTILINE), name
