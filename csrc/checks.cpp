@@ -63,8 +63,8 @@ void check_weight(const LossArguments& a, bool probabilities) {
   if (!a.weight.has_value() || !a.weight->defined()) return;
   const Tensor& weight = *a.weight;
   const int64_t classes = a.input.size(a.input.dim() == 1 ? 0 : 1);
-  // torch's four-dimensional loss looks at the number of elements alone.
-  const bool any_shape = a.input.dim() == 4 && !probabilities;
+  // torch's loss of more than two dimensions looks at the number of elements alone.
+  const bool any_shape = a.input.dim() > 2 && !probabilities;
   TORCH_CHECK(weight.numel() == classes && (any_shape || weight.dim() == 1), a.op,
               ": weight tensor should be defined either for all ", number(classes),
               " classes or no classes but got weight tensor of shape: ", list(weight.sizes()));

@@ -155,7 +155,7 @@ def _check_index_target(op: str, name: str, input: Tensor, target: Tensor) -> No
 
 def _check_weight(op: str, name: str, input: Tensor, weight: Tensor, probabilities: bool) -> None:
     classes = input.shape[class_dim(input)]
-    any_shape = input.dim() == 4 and not probabilities  # torch's four-dimensional loss counts the elements alone
+    any_shape = input.dim() > 2 and not probabilities  # torch counts the elements of such a loss alone
     torch._check(
         (any_shape or weight.dim() == 1) and weight.numel() == classes,
         lambda: (

@@ -174,6 +174,29 @@ def test_one_graph_for_all_sizes(op: str, device: str) -> None:
     assert compilations[-1] == compilations[0]
 
 
+@pytest.mark.parametrize("op", ["cross_entropy", "probabilities", "nll_loss", "log_softmax"])
+def test_one_graph_of_samples_for_all_sizes(op: str, device: str) -> None:
+    """Per-sample gradients, for any number of samples and classes."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        if op == "log_softmax":
+            return (nllx.functional.log_softmax(x, 1) * target).sum()
+        return (nllx.functional.nll_loss if op == "nll_loss" else nllx.functional.cross_entropy)(x, target)
+
+    gradients = torch.vmap(torch.func.grad_and_value(loss))
+    compiled = torch.compile(gradients, backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
+    for samples, rows, classes in ((4, 5, 3), (7, 12, 2), (33, 3, 101), (2, 3, 9)):
+        x = torch.randn(samples, rows, classes, device=device)
+        target = torch.randint(classes, (samples, rows), device=device)
+        if op in ("probabilities", "log_softmax"):
+            target = torch.rand(samples, rows, classes, device=device)
+        assert_close(compiled(x, target), gradients(x, target))
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
+
+
 @pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
 def test_one_graph_for_all_values_of_ignore_index(op: str, device: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")

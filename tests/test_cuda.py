@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -131,6 +132,41 @@ def test_current_stream(case: Case) -> None:
         got = _step(later)
         torch.cuda.current_stream().synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@_kinds
+def test_many_streams_at_once(case: Case) -> None:
+    """What kernels keep between calls belongs to a stream: those of others may run at the same time."""
+    problem = build(case, "cuda")
+    expected = _step(problem)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(8)]
+
+    def steps(stream: torch.cuda.Stream) -> list[tuple[Tensor, Tensor]]:
+        with torch.cuda.stream(stream):
+            results = [_step(problem) for _ in range(20)]
+            stream.synchronize()
+        return results
+
+    with concurrent.futures.ThreadPoolExecutor(len(streams)) as threads:
+        for results in threads.map(steps, streams):
+            for got in results:
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_backward_in_another_stream() -> None:
+    """Autograd runs the backward in the stream of its forward, and the caller's stream waits for it."""
+    problem = build(_KINDS[0], "cuda")
+    expected = _step(problem)
+    x = problem.input.detach().requires_grad_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        output = Problem(problem.case, x, problem.target, problem.weight).call(nllx.functional)
+        torch.cuda.current_stream().synchronize()
+    (gradient,) = torch.autograd.grad(output, x, torch.ones_like(output))
+    assert torch.equal(output.detach(), expected[0])
+    assert torch.equal(gradient, expected[1])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

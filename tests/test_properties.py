@@ -191,7 +191,7 @@ def test_any_target(problem: tuple[Tensor, Tensor], value: int, place: int, igno
 _sizes = st.lists(st.integers(0, 3), max_size=4).map(tuple)
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings.default.max_examples))
 @given(_sizes, _sizes, st.sampled_from([torch.int64, torch.float32]), st.sampled_from(["cross_entropy", "nll_loss"]))
 def test_any_shapes(input_shape: tuple[int, ...], target_shape: tuple[int, ...], dtype: torch.dtype, op: str) -> None:
     """The shape that torch returns, or the exception that torch raises."""
@@ -206,3 +206,94 @@ def test_any_shapes(input_shape: tuple[int, ...], target_shape: tuple[int, ...],
             getattr(nllx.functional, op)(x, target, reduction="none")
     else:
         assert_close(getattr(nllx.functional, op)(x, target, reduction="none"), expected)
+
+
+_floating = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+_any_dtype = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
+_ARGUMENTS = ("input", "target", "dtype of target", "weight", "dtype of weight", "reduction", "ignore_index", "smoothing")
+_CLASSES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    op: str
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    options: dict[str, Any]
+    mistaken: frozenset[str]
+
+    def __call__(self, functional: Any) -> Tensor:
+        return getattr(functional, self.op)(*self.tensors, **self.options)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    """A loss with arguments of which up to two may be wrong."""
+    op = draw(st.sampled_from(["cross_entropy", "nll_loss"]))
+    mistaken = draw(st.frozensets(st.sampled_from(_ARGUMENTS), max_size=2))
+
+    def choose(name: str, right: st.SearchStrategy[Any], wrong: st.SearchStrategy[Any]) -> Any:
+        return draw(wrong if name in mistaken else right)
+
+    shape = draw(st.sampled_from([(_CLASSES,), (3, _CLASSES), (3, _CLASSES, 2), (2, _CLASSES, 2, 3)]))
+    rows = shape[:-1] if len(shape) == 1 else (shape[0], *shape[2:])
+    x = (3 * numbers(torch.zeros(shape))).to(choose("input", _floating, _any_dtype))
+    if op == "nll_loss" or draw(st.integers(0, 2)):
+        size = choose("target", st.just(rows), st.sampled_from([rows[1:], (*rows, 1), (*rows[:-1], 5), (1, *rows), shape]))
+        values = draw(st.lists(st.integers(0, _CLASSES - 1), min_size=math.prod(size), max_size=math.prod(size)))
+        target = torch.tensor(values, dtype=torch.int64).view(size)
+        target = target.to(choose("dtype of target", st.just(torch.int64), _any_dtype))
+    else:
+        size = choose("target", st.just(shape), st.sampled_from([shape[1:], (*shape, 1), (5, *shape[1:]), (*shape[:-1], 7)]))
+        target = numbers(torch.zeros(size)).to(choose("dtype of target", st.just(x.dtype), _any_dtype))
+    size = choose("weight", st.sampled_from([None, (_CLASSES,)]), st.sampled_from([(3,), (1,), (), (_CLASSES, 1), (0,)]))
+    weight = None
+    if size is not None:
+        weight = numbers(torch.zeros(size)).to(choose("dtype of weight", st.just(x.dtype), _any_dtype))
+    options = {
+        "reduction": choose("reduction", st.sampled_from(REDUCTIONS), st.sampled_from(["MEAN", "", None, 1])),
+        "ignore_index": choose("ignore_index", st.just(-100), st.sampled_from([0, -1, 1.0, True, "1", None, 2**63])),
+    }
+    if op == "cross_entropy":
+        bad = st.sampled_from([1.5, -0.5, math.nan, "0.1", None])
+        options["label_smoothing"] = choose("smoothing", st.sampled_from([0.0, 0.1, 1]), bad)
+    return Call(op, (x, target, weight), options, mistaken)
+
+
+def _refused(call: Call) -> bool:
+    """Whether it is one of the calls of docs/differences.md that torch takes and nllx does not."""
+    smoothing = call.options.get("label_smoothing")
+    negative = isinstance(smoothing, float) and not smoothing >= 0
+    return negative or any(t is not None and t.is_complex() for t in call.tensors)
+
+
+def _taken(call: Call) -> bool:
+    """Whether it is one of those that nllx takes and torch does not."""
+    x, target, weight = call.tensors
+    small = target.dtype in (torch.int32, torch.int16, torch.int8) or (target.dtype == torch.uint8 and x.dim() > 2)
+    precise = weight is not None and weight.dtype in (torch.float32, torch.float64) and x.dtype.itemsize == 2
+    # torch's own sums of a smoothed loss do not broadcast where its loss without smoothing takes such shapes.
+    smoothed = bool(call.options.get("label_smoothing"))
+    shapes = (x.dim() == 1 and target.shape == (1,)) or (x.dim() > 2 and weight is not None and weight.dim() != 1)
+    return small or precise or (smoothed and shapes)
+
+
+@settings(max_examples=max(500, settings.default.max_examples))
+@given(calls())
+def test_any_mistake(call: Call) -> None:
+    """The value that torch returns, or an exception where torch raises one: of its type, if there is one mistake.
+
+    Probabilities of another shape than the logits are two: they may be meant as class indices.
+    """
+    results: list[Any] = []
+    for functional in (nllx.functional, F):
+        try:
+            results.append(call(functional))
+        except Exception as error:
+            results.append(error)
+    ours, theirs = results
+    if isinstance(theirs, Exception):
+        if not (_taken(call) and isinstance(ours, Tensor)):
+            one = len(call.mistaken) == 1 and not (call.mistaken == {"target"} and call.tensors[1].is_floating_point())
+            assert isinstance(ours, type(theirs) if one else Exception), (theirs, ours)
+    elif not (_refused(call) and isinstance(ours, (RuntimeError, NotImplementedError))):
+        assert_close(ours, theirs, rtol=3e-2, atol=3e-2, equal_nan=True)

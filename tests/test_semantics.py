@@ -178,10 +178,23 @@ class TestShapes:
         assert_close(grad_of(N, "nll_loss", logits, target, w), expected)
 
     @pytest.mark.parametrize("op", LOSSES)
-    def test_weight_of_an_image_needs_the_right_count_alone(self, op: str) -> None:
-        image, target = torch.randn(2, 4, 3, 5), torch.randint(4, (2, 3, 5))
+    @pytest.mark.parametrize("inner", [(3,), (3, 5), (3, 1, 2)])
+    def test_weight_of_an_image_needs_the_right_count_alone(self, op: str, inner: tuple[int, ...]) -> None:
+        image, target = torch.randn(2, 4, *inner), torch.randint(4, (2, *inner))
         for shape in ((4, 1), (1, 4), (2, 2)):
             same_with_gradient(op, image, target, w.view(shape))
+
+    def test_nllx_smoothed_losses_take_the_shapes_of_plain_ones(self) -> None:
+        """torch's sum over the classes does not broadcast there."""
+        image, target = torch.randn(2, 4, 3), torch.randint(4, (2, 3))
+        options = {"label_smoothing": 0.1, "reduction": "none"}
+        for arguments, plain in (
+            ((x[0], t[:1]), (x[0], t[0])),
+            ((image, target, w.view(2, 2)), (image, target, w)),
+        ):
+            with pytest.raises(RuntimeError, match="shape|size"):
+                F.cross_entropy(*arguments, **options)
+            assert_close(N.cross_entropy(*arguments, **options), F.cross_entropy(*plain, **options))
 
     @pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 4), (2, 3, 4), (2, 3, 4, 5)])
     def test_log_softmax_of_any_dimension(self, shape: tuple[int, ...]) -> None:

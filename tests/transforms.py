@@ -11,11 +11,13 @@ import contextlib
 import dataclasses
 import itertools
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch._dynamo.compiled_autograd
+import torch._inductor
 import torch.fx.experimental.proxy_tensor
 import torch.overrides
 import torch.utils._python_dispatch
@@ -97,11 +99,13 @@ Run = Callable[[Subject], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """name: as users say it. run: what it does to a loss. compiles: whether it takes the time of a compiler."""
+    """name: as users say it. run: what it does to a loss. compiles: whether it takes the time of a compiler of Python;
+    builds: that of a C++ compiler too."""
 
     name: str
     run: Run
     compiles: bool = False
+    builds: bool = False
 
     def __str__(self) -> str:
         return re.sub(r"\W+", "_", self.name).strip("_")
@@ -110,9 +114,9 @@ class Transform:
 TRANSFORMS: list[Transform] = []
 
 
-def _transform(name: str, compiles: bool = False) -> Callable[[Run], Run]:
+def _transform(name: str, compiles: bool = False, builds: bool = False) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
-        TRANSFORMS.append(Transform(name, run, compiles))
+        TRANSFORMS.append(Transform(name, run, compiles, builds))
         return run
 
     return add
@@ -609,6 +613,16 @@ def _(s: Subject) -> Any:
     ]
 
 
+@_transform("`compile(mode=...)`, every mode", compiles=True, builds=True)
+def _(s: Subject) -> Any:
+    modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    results = []
+    for mode in modes:
+        output, gradients = _with_gradients(_compile(s.output, "inductor", mode=mode), s)
+        results += [output.clone(), *(gradient.clone() for gradient in gradients)]  # the next graph takes their memory
+    return results
+
+
 @_transform("compiled autograd", compiles=True)
 def _(s: Subject) -> Any:
     leaves = s.required()
@@ -658,6 +672,15 @@ def _(s: Subject) -> Any:
     program = torch.export.export(_Net(s), tensors, dynamic_shapes=shapes)
     more = [t if i == 2 or t is None else torch.cat([t, t]) for i, t in enumerate(tensors)]
     return program.module()(*tensors), program.run_decompositions().module()(*more)
+
+
+@_transform("AOTInductor", compiles=True, builds=True)
+def _(s: Subject) -> Any:
+    tensors = s.stacked(None, None, None)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        program = torch.export.export(_Net(s), tensors)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/loss.pt2")
+        return torch._inductor.aoti_load_package(package)(*tensors)
 
 
 # ---- tensors of other kinds ----
