@@ -99,7 +99,7 @@ class _Samples:
 
 
 def _flat(weight: Tensor | None) -> Tensor | None:
-    """Losses of more than two dimensions take a weight of any shape, and the joined problem has another number of dimensions."""
+    """Losses of more than two dimensions take a weight of any shape, and the joined problem has other dimensions."""
     return None if weight is None else weight.reshape(-1)
 
 

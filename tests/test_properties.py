@@ -209,8 +209,19 @@ def test_any_shapes(input_shape: tuple[int, ...], target_shape: tuple[int, ...],
 
 
 _floating = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
-_any_dtype = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
-_ARGUMENTS = ("input", "target", "dtype of target", "weight", "dtype of weight", "reduction", "ignore_index", "smoothing")
+_any_dtype = st.sampled_from(
+    [torch.float32, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64]
+)
+_ARGUMENTS = (
+    "input",
+    "target",
+    "dtype of target",
+    "weight",
+    "dtype of weight",
+    "reduction",
+    "ignore_index",
+    "smoothing",
+)
 _CLASSES = 4
 
 
@@ -238,14 +249,20 @@ def calls(draw: st.DrawFn) -> Call:
     rows = shape[:-1] if len(shape) == 1 else (shape[0], *shape[2:])
     x = (3 * numbers(torch.zeros(shape))).to(choose("input", _floating, _any_dtype))
     if op == "nll_loss" or draw(st.integers(0, 2)):
-        size = choose("target", st.just(rows), st.sampled_from([rows[1:], (*rows, 1), (*rows[:-1], 5), (1, *rows), shape]))
+        size = choose(
+            "target", st.just(rows), st.sampled_from([rows[1:], (*rows, 1), (*rows[:-1], 5), (1, *rows), shape])
+        )
         values = draw(st.lists(st.integers(0, _CLASSES - 1), min_size=math.prod(size), max_size=math.prod(size)))
         target = torch.tensor(values, dtype=torch.int64).view(size)
         target = target.to(choose("dtype of target", st.just(torch.int64), _any_dtype))
     else:
-        size = choose("target", st.just(shape), st.sampled_from([shape[1:], (*shape, 1), (5, *shape[1:]), (*shape[:-1], 7)]))
+        size = choose(
+            "target", st.just(shape), st.sampled_from([shape[1:], (*shape, 1), (5, *shape[1:]), (*shape[:-1], 7)])
+        )
         target = numbers(torch.zeros(size)).to(choose("dtype of target", st.just(x.dtype), _any_dtype))
-    size = choose("weight", st.sampled_from([None, (_CLASSES,)]), st.sampled_from([(3,), (1,), (), (_CLASSES, 1), (0,)]))
+    size = choose(
+        "weight", st.sampled_from([None, (_CLASSES,)]), st.sampled_from([(3,), (1,), (), (_CLASSES, 1), (0,)])
+    )
     weight = None
     if size is not None:
         weight = numbers(torch.zeros(size)).to(choose("dtype of weight", st.just(x.dtype), _any_dtype))
