@@ -42,7 +42,7 @@ bool is_traced(const Tensor& t) {
          c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
-// functorch differentiates operators, not nodes of C++; its calls go another way (nllx/_reference.py).
+// functorch differentiates operators, not nodes of C++; its calls go another way (nllx/_transforms.py).
 void check_no_functorch() {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
 }
@@ -50,15 +50,14 @@ void check_no_functorch() {
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// torch's index losses have no derivative with respect to the weights, and say so.
+}  // namespace
+
 void check_weight_gradient(const char* op, const Tensor& target, const OptionalTensor& weight) {
   TORCH_CHECK(
       at::isFloatingType(target.scalar_type()) || !(requires_grad(weight) || has_tangent(weight)), "The function '", op,
       "' is not differentiable with respect to argument 'weight' for targets that are class indices. This input "
       "cannot have requires_grad True: call weight.detach()");
 }
-
-}  // namespace
 
 // ---- cross_entropy ----
 //

@@ -7,6 +7,7 @@
 
 #include "cpu/capability.h"
 #include "cuda/plan.h"
+#include "grad_level.h"
 #include "python_calls.h"
 
 #ifndef NLLX_CUDA_ARCHITECTURES
@@ -87,6 +88,8 @@ PYBIND11_MODULE(_C, m) {
       "or 'log_softmax'. The problem is an array (outer, classes, inner); dense: rows follow each other without gaps; "
       "aligned: they, or the classes of planes, begin at 16-byte boundaries; has_terms: smoothing or probabilities. "
       "multiprocessors, shared_bytes (a block's): of the GPU, by default an H100's. Raises ValueError for another op.");
+  m.def("differentiate_level", &nllx::differentiate_level, py::arg("name"), py::arg("arguments"), py::arg("results"),
+        "Makes `results` those of the operator `name` in the graph of one level of torch.func.grad.");
   m.def("build_info", &build_info, "What this binary was built with: torch, compiler, cuda, cuda_architectures.");
   m.def(
       "cpu_capability", [] { return nllx::cpu_capability().name; },

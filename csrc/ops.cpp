@@ -7,6 +7,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <string>
+#include <vector>
+
 #ifdef NLLX_WITH_CUDA
 #include "cuda/bad_target.h"
 #endif
@@ -80,6 +83,17 @@ TORCH_LIBRARY(nllx, m) {
       "Tensor total_weight, int reduction, SymInt ignore_index) -> Tensor");
   m.def("_log_softmax_forward_definition(Tensor input, int dim) -> Tensor");
   m.def("_log_softmax_backward_definition(Tensor grad_output, Tensor output, int dim) -> Tensor");
+
+  // The gradients of the arguments at the places `which`, by the definition: for torch.func.grad.
+  for (const std::string name : kOperations) {
+    const c10::FunctionSchema& schema =
+        c10::Dispatcher::singleton().findSchemaOrThrow(("nllx::" + name).c_str(), "").schema();
+    std::vector<c10::Argument> arguments{c10::Argument("grad_loss", c10::TensorType::get())};
+    arguments.insert(arguments.end(), schema.arguments().begin(), schema.arguments().end());
+    arguments.emplace_back("which", c10::ListType::ofInts());
+    m.def(c10::FunctionSchema("nllx::_" + name + "_vjp", "", std::move(arguments),
+                              {c10::Argument("gradients", c10::ListType::ofTensors())}));
+  }
 
   // For the definitions: the classes of `target` as int64, 0 where it is ignore_index; IndexError where it is neither.
   // A check that Python made would be removed by torch.compile.

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -10,6 +11,11 @@ namespace nllx {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
+
+// The operators with derivatives, which transforms take one by one.
+inline constexpr std::array<const char*, 6> kOperations = {"cross_entropy_forward", "cross_entropy_backward",
+                                                           "nll_loss_forward",      "nll_loss_backward",
+                                                           "log_softmax_forward",   "log_softmax_backward"};
 
 // Through the dispatcher.
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -48,6 +54,8 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_autograd(const at::Tensor& l
                                                              const OptionalTensor& weight, int64_t reduction,
                                                              c10::SymInt ignore_index, OptionalDtype dtype);
 at::Tensor log_softmax_forward_autograd(const at::Tensor& input, int64_t dim);
+// torch's index losses have no derivative with respect to the weights, and say so.
+void check_weight_gradient(const char* op, const at::Tensor& target, const OptionalTensor& weight);
 at::Tensor cross_entropy_inplace_backward(const at::Tensor& logits, const at::Tensor& target,
                                           const OptionalTensor& weight, int64_t reduction, c10::SymInt ignore_index,
                                           double label_smoothing, OptionalDtype dtype);

@@ -2,7 +2,7 @@
 
 Outside of these transforms csrc/autograd.cpp has the derivatives. functorch's own calls come here: the forward and the first
 derivative with respect to logits or log-probabilities are the kernels, under ``vmap`` too, and every other derivative is that
-of the definition in nllx/_reference.py.
+of the definition in nllx/_reference.py. csrc/grad_level.cpp has the graph of a level of grad.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._C._functorch import TransformType
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch._C._functorch import TransformType, pop_dynamic_layer_stack, push_dynamic_layer_stack
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
-from nllx import _reference
-from nllx._fake import MEAN, NONE, SUM, check_arguments, check_log_softmax, loss_dtypes
+from nllx import _C, _reference
+from nllx._fake import NONE, SUM, check_arguments, check_log_softmax, loss_dtypes
 
 _ops = torch.ops.nllx
 _Dims = tuple[int | None, ...]
@@ -29,6 +26,8 @@ _Dims = tuple[int | None, ...]
 
 def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """A view with the batch dimension in front."""
+    if dim == 0:
+        return tensor
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
@@ -41,10 +40,11 @@ class _Samples:
 
     def __init__(self, logits: Tensor, dim: int | None, size: int) -> None:
         self.size = size
-        logits = _leading(logits, dim, size)
-        self.unbatched = logits.dim() == 2  # a sample is (C)
+        self.logits = logits = _leading(logits, dim, size)
+        self.unbatched = logits.dim() == 2  # a sample is (C): a row of the whole, with nothing to join
+        self.rows: tuple[int, ...] = ()
         if self.unbatched:
-            logits = logits.unsqueeze(1)
+            return
         self.rows = (logits.shape[1], *logits.shape[3:])
         samples, n = logits.shape[0], logits.shape[1]
         of_samples, of_n = logits.stride(0), logits.stride(1)
@@ -58,40 +58,37 @@ class _Samples:
 
     def _join(self, t: Tensor, trailing: int = 0) -> Tensor:
         """(size, N, ...) as the joined problem has it; `trailing` dimensions belong to a row and stay the last."""
+        if self.unbatched:
+            return t
         if self.place == -1:
             return t.movedim(0, -1 - trailing)
         return (t if self.place == 0 else t.transpose(0, 1)).flatten(0, 1)
 
-    def _split(self, t: Tensor, trailing: int = 0) -> Tensor:
-        """The reverse of _join."""
+    def split(self, t: Tensor, trailing: int = 0) -> Tensor:
+        """The reverse: a result of the joined problem with the samples in front."""
+        if self.unbatched:
+            return t
         if self.place == -1:
-            t = t.movedim(-1 - trailing, 0)
-        elif self.place == 0:
-            t = t.unflatten(0, (self.size, self.rows[0]))
-        else:
-            t = t.unflatten(0, (self.rows[0], self.size)).transpose(0, 1)
-        return t.squeeze(1) if self.unbatched else t
+            return t.movedim(-1 - trailing, 0)
+        if self.place == 0:
+            return t.unflatten(0, (self.size, self.rows[0]))
+        return t.unflatten(0, (self.rows[0], self.size)).transpose(0, 1)
 
     def join_classes(self, t: Tensor, dim: int | None) -> Tensor:
         """A tensor whose samples have the shape of the logits."""
-        t = _leading(t, dim, self.size)
-        return self._join(t.unsqueeze(1) if self.unbatched else t)
+        return self._join(_leading(t, dim, self.size))
 
     def join_rows(self, t: Tensor, dim: int | None, *trailing: int) -> Tensor:
         """A tensor whose samples have one element, or the dimensions `trailing`, for each row."""
         t = _leading(t, dim, self.size).reshape(self.size, *self.rows, *trailing)
         return self._join(t, len(trailing))
 
-    def split_classes(self, t: Tensor) -> Tensor:
-        return self._split(t)
-
-    def split_rows(self, t: Tensor, trailing: int = 0) -> Tensor:
-        return self._split(t, trailing)
-
     def each(self, t: Tensor, dim: int | None) -> Tensor:
         """A tensor with one number for each sample, as one number for each row."""
-        t = _leading(t, dim, self.size).reshape(self.size, *[1] * len(self.rows))
-        return self._join(t.expand(self.size, *self.rows))
+        t = _leading(t, dim, self.size)
+        if self.unbatched:
+            return t
+        return self._join(t.reshape(self.size, *[1] * len(self.rows)).expand(self.size, *self.rows))
 
     def sum(self, rows: Tensor) -> Tensor:
         """The sums over the rows of each sample."""
@@ -130,7 +127,7 @@ def _divisors(
         present = torch.where(
             valid, weight.reshape(-1).to(acc)[index], torch.zeros([], dtype=acc, device=target.device)
         )
-    return _reference.mean_divisor(samples.sum(samples.split_rows(present)), reduction, label_smoothing)
+    return _reference.mean_divisor(samples.sum(samples.split(present)), reduction, label_smoothing)
 
 
 def _reduce(samples: _Samples, rows: Tensor, divisors: Tensor, reduction: int) -> Tensor:
@@ -190,8 +187,8 @@ def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tupl
         probabilities,
         acc,
     )
-    loss = _reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype)
-    return (loss, samples.split_rows(row_stats, trailing=1), divisors), 0
+    loss = _reduce(samples, samples.split(rows), divisors, reduction).to(loss_dtype)
+    return (loss, samples.split(row_stats, trailing=1), divisors), 0
 
 
 def _cross_entropy_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
@@ -213,7 +210,7 @@ def _cross_entropy_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tup
         ignore_index,
         label_smoothing,
     )
-    return samples.split_classes(grad), 0
+    return samples.split(grad), 0
 
 
 def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Any] | None:
@@ -229,7 +226,7 @@ def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tup
     divisors = _divisors(
         "nll_loss", samples, joined, weight, samples.logits.shape[1], reduction, ignore_index, 0.0, False, acc
     )
-    return (_reduce(samples, samples.split_rows(rows), divisors, reduction).to(loss_dtype), divisors), 0
+    return (_reduce(samples, samples.split(rows), divisors, reduction).to(loss_dtype), divisors), 0
 
 
 def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
@@ -246,7 +243,7 @@ def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Te
         NONE,
         ignore_index,
     )
-    return samples.split_classes(grad), 0
+    return samples.split(grad), 0
 
 
 def _sample_dim(dim: int, rank: int, batch_dim: int) -> int:
@@ -272,93 +269,68 @@ def _log_softmax_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple
     return _ops.log_softmax_backward(grad_output, output, _sample_dim(dim, output.dim() - 1, batch_dim)), batch_dim
 
 
-def _function(
+def _transform(
     name: str,
     definition: Callable[..., Any],
     tensors: int,
     batched: Callable[..., Any],
-    gradient: Callable[..., Tensor] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """An operator, whose first `tensors` arguments are tensors, as a call that functorch can transform.
 
-    It does what the outermost transform asks for, and calls the operator again for the ones inside of it. (The
-    autograd.Function that users write goes the same way, with searches through nested arguments that take longer than the
-    kernels.) `gradient`, if there is a kernel for it: that of the first argument, from (grad_output, arguments, results).
+    It does what the outermost transform asks for, and calls the operator again for the ones inside of it. `check`: of the
+    arguments as they are in one sample.
     """
     operator = getattr(_ops, name).default
 
-    class Node(_SingleLevelFunction):
-        """The derivatives of one level of grad."""
+    def inner(*arguments: Any) -> Any:
+        """The operator under the rest of the transforms."""
+        return operator(*arguments) if _functorch.peek_interpreter_stack() is None else transform(*arguments)
 
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            interpreter = retrieve_current_functorch_interpreter()
-            level = interpreter.level()
-            plain = [_functorch._unwrap_for_grad(a, level) if isinstance(a, Tensor) else a for a in arguments]
-            with torch.enable_grad(), _set_fwd_grad_enabled(True), interpreter.lower():
-                result = operator(*plain)
-            if isinstance(result, tuple):
-                return tuple(_functorch._wrap_for_grad(t, level) for t in result)
-            return _functorch._wrap_for_grad(result, level)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.set_materialize_grads(False)
-            results = output if isinstance(output, tuple) else (output,)
-            if len(results) > 1:
-                ctx.mark_non_differentiable(*results[1:])
-            ctx.options = inputs[tensors:]
-            ctx.save_for_backward(*inputs[:tensors], *results)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            grad_output, none = grads[0], [None] * (tensors + len(ctx.options))
-            if grad_output is None:
-                return tuple(none)
-            arguments, results = (*ctx.saved_tensors[:tensors], *ctx.options), ctx.saved_tensors[tensors:]
-            which = [i for i in range(tensors) if ctx.needs_input_grad[i] and arguments[i].is_floating_point()]
-            if which == [0] and gradient is not None:
-                return (gradient(grad_output, arguments, results), *none[1:])
-
-            def differentiated(*values: Tensor) -> Tensor:
-                full = list(arguments)
-                for i, value in zip(which, values, strict=True):
-                    full[i] = value
-                result = definition(*full)
-                return result[0] if isinstance(result, tuple) else result
-
-            pullback = torch.func.vjp(differentiated, *(arguments[i] for i in which))[1]
-            for i, grad in zip(which, pullback(grad_output), strict=True):
-                none[i] = grad
-            return tuple(none)
+    def differentiated(interpreter: Any, arguments: Sequence[Any]) -> Any:
+        level, lift, grad_mode = interpreter.level(), interpreter._cptr.lift, torch.is_grad_enabled()
+        plain = [_functorch._unwrap_for_grad(a, level) if isinstance(a, Tensor) else a for a in arguments]
+        torch._C._set_grad_enabled(interpreter.prev_grad_mode())
+        layer = pop_dynamic_layer_stack()
+        try:
+            result = inner(*plain)
+        finally:
+            push_dynamic_layer_stack(layer)
+            torch._C._set_grad_enabled(grad_mode)
+        several = isinstance(result, tuple)
+        wrapped = tuple(_functorch._wrap_for_grad(t, level) for t in (result if several else (result,)))
+        _C.differentiate_level(name, tuple(lift(a) if isinstance(a, Tensor) else a for a in arguments), wrapped)
+        return wrapped if several else wrapped[0]
 
     def of_samples(interpreter: Any, arguments: Sequence[Any]) -> Any:
         level = interpreter.level()
         pairs = [_functorch._unwrap_batched(a, level) if isinstance(a, Tensor) else (a, None) for a in arguments]
         plain, in_dims = [pair[0] for pair in pairs], tuple(pair[1] for pair in pairs)
-        with interpreter.lower():
-            if all(dim is None for dim in in_dims):
-                return operator(*plain)
+        layer = pop_dynamic_layer_stack()
+        try:
+            if in_dims.count(None) == len(in_dims):
+                return inner(*plain)
             result = batched(interpreter.batch_size(), in_dims, *plain)
             if result is None:
                 given, options = plain[:tensors], plain[tensors:]
                 result = torch.vmap(lambda *given: definition(*given, *options), in_dims[:tensors])(*given), 0
+        finally:
+            push_dynamic_layer_stack(layer)
         output, dim = result
         if isinstance(output, tuple):
             return tuple(_functorch._add_batch_dim(t, dim, level) for t in output)
         return _functorch._add_batch_dim(output, dim, level)
 
-    def call(*given: Any) -> Any:
-        arguments = [_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in given]
+    def transform(*arguments: Any) -> Any:
         interpreter: Any = retrieve_current_functorch_interpreter()
-        transform = interpreter.key()
-        if transform == TransformType.Vmap:
+        kind = interpreter.key()
+        if kind == TransformType.Grad:
+            return differentiated(interpreter, arguments)
+        if check is not None:
+            check(*arguments)
+        if kind == TransformType.Vmap:
             return of_samples(interpreter, arguments)
-        if transform == TransformType.Grad:
-            lift = interpreter._cptr.lift
-            with enable_single_level_autograd_function():
-                return Node.apply(*[lift(a) if isinstance(a, Tensor) else a for a in arguments])  # type: ignore[attr-defined]
-        if transform == TransformType.Jvp:
+        if kind == TransformType.Jvp:
             return definition(*arguments)
         level = FunctorchFunctionalizeAPI(interpreter)
         plain = level.unwrap_tensors(tuple(arguments))
@@ -366,89 +338,64 @@ def _function(
             result = operator(*plain)
         return level.wrap_tensors(result)
 
-    Node.__name__ = Node.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
+    defaults = [argument.default_value for argument in operator._schema.arguments]
+
+    def call(*given: Any) -> Any:
+        arguments = [_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in given]
+        return transform(*arguments, *defaults[len(arguments) :])  # the dispatcher leaves them out
+
     return call
 
 
-def register(library: torch.library.Library) -> None:
-    """Registers the operators for functorch, which sees these Functions and not the kernels."""
+def _vjp(definition: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """The gradients of arguments of an operator, from (gradient of its first result, *arguments, which of them)."""
+
+    def vjp(grad: Tensor, *rest: Any) -> list[Tensor]:
+        arguments, which = rest[:-1], rest[-1]
+
+        def differentiated(*values: Tensor) -> Tensor:
+            full = list(arguments)
+            for i, value in zip(which, values, strict=True):
+                full[i] = value
+            result = definition(*full)
+            return result[0] if isinstance(result, tuple) else result
+
+        return list(torch.func.vjp(differentiated, *(arguments[i] for i in which))[1](grad))
+
+    return vjp
+
+
+def _register(
+    library: torch.library.Library,
+    name: str,
+    tensors: int,
+    batched: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+) -> None:
     key = "FuncTorchDynamicLayerFrontMode"
+    definition = getattr(_reference, name)
+    library.impl(name, _transform(name, definition, tensors, batched, check), key)
+    for each in (key, "CompositeImplicitAutograd"):
+        library.impl(f"_{name}_vjp", _vjp(definition), each)
 
-    cross_entropy = _function(
-        "cross_entropy_forward",
-        _reference.cross_entropy_forward,
-        3,
-        _cross_entropy_forward_vmap,
-        lambda grad, args, results: _ops.cross_entropy_backward(
-            grad, *args[:3], results[1], results[2], args[3], args[4], args[5]
-        ),
-    )
 
-    def cross_entropy_forward(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        reduction: int = MEAN,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        dtype: torch.dtype | None = None,
-    ) -> Any:
+def register(library: torch.library.Library) -> None:
+    """Registers the operators for functorch, which sees these functions and not the kernels."""
+
+    def check_cross_entropy(logits: Any, target: Any, weight: Any, *options: Any) -> None:
         # Of a sample's shape, which the joined problem has no more.
-        probabilities = check_arguments(
-            "cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing
-        )
+        probabilities = check_arguments("cross_entropy", logits, target, weight, *options[:3])
         if weight is not None and not probabilities:
             _reference.check_weight_gradient("cross_entropy", weight)
-        return cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
 
-    library.impl("cross_entropy_forward", cross_entropy_forward, key)
-
-    cross_entropy_backward = _function(
-        "cross_entropy_backward", _reference.cross_entropy_backward, 6, _cross_entropy_backward_vmap
-    )
-    library.impl("cross_entropy_backward", cross_entropy_backward, key)
-
-    nll_loss = _function(
-        "nll_loss_forward",
-        _reference.nll_loss_forward,
-        3,
-        _nll_loss_forward_vmap,
-        lambda grad, args, results: _ops.nll_loss_backward(grad, *args[:3], results[1], args[3], args[4]),
-    )
-
-    def nll_loss_forward(
-        log_probs: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        reduction: int = MEAN,
-        ignore_index: int = -100,
-        dtype: torch.dtype | None = None,
-    ) -> Any:
-        check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
+    def check_nll_loss(log_probs: Any, target: Any, weight: Any, *options: Any) -> None:
+        check_arguments("nll_loss", log_probs, target, weight, *options[:2])
         if weight is not None:
             _reference.check_weight_gradient("nll_loss", weight)
-        return nll_loss(log_probs, target, weight, reduction, ignore_index, dtype)
 
-    library.impl("nll_loss_forward", nll_loss_forward, key)
-
-    nll_loss_backward = _function("nll_loss_backward", _reference.nll_loss_backward, 5, _nll_loss_backward_vmap)
-    library.impl("nll_loss_backward", nll_loss_backward, key)
-
-    log_softmax = _function(
-        "log_softmax_forward",
-        _reference.log_softmax_forward,
-        1,
-        _log_softmax_forward_vmap,
-        lambda grad, args, results: _ops.log_softmax_backward(grad, results[0], args[1]),
-    )
-
-    def log_softmax_forward(input: Tensor, dim: int) -> Any:
-        check_log_softmax(input, dim)
-        return log_softmax(input, dim)
-
-    library.impl("log_softmax_forward", log_softmax_forward, key)
-
-    log_softmax_backward = _function(
-        "log_softmax_backward", _reference.log_softmax_backward, 2, _log_softmax_backward_vmap
-    )
-    library.impl("log_softmax_backward", log_softmax_backward, key)
+    _register(library, "cross_entropy_forward", 3, _cross_entropy_forward_vmap, check_cross_entropy)
+    _register(library, "cross_entropy_backward", 6, _cross_entropy_backward_vmap)
+    _register(library, "nll_loss_forward", 3, _nll_loss_forward_vmap, check_nll_loss)
+    _register(library, "nll_loss_backward", 5, _nll_loss_backward_vmap)
+    _register(library, "log_softmax_forward", 1, _log_softmax_forward_vmap, check_log_softmax)
+    _register(library, "log_softmax_backward", 2, _log_softmax_backward_vmap)

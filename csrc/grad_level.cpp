@@ -1,0 +1,165 @@
+#include "grad_level.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include <array>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "backward_node.h"
+#include "ops.h"
+
+namespace nllx {
+
+namespace {
+
+using at::Tensor;
+using torch::jit::Stack;
+
+OptionalTensor optional_tensor(const c10::IValue& value) {
+  return value.isTensor() ? OptionalTensor(value.toTensor()) : std::nullopt;
+}
+
+// The gradient of the first argument by a kernel, from the arguments and the results that are saved.
+using Gradient = Tensor(const Tensor& grad_output, const Stack& arguments, const std::vector<Tensor>& results);
+
+Tensor cross_entropy_gradient(const Tensor& grad_output, const Stack& a, const std::vector<Tensor>& results) {
+  return cross_entropy_backward(grad_output, a[0].toTensor(), a[1].toTensor(), optional_tensor(a[2]), results[0],
+                                results[1], a[3].toInt(), a[4].toSymInt(), a[5].toDouble());
+}
+Tensor nll_loss_gradient(const Tensor& grad_output, const Stack& a, const std::vector<Tensor>& results) {
+  return nll_loss_backward(grad_output, a[0].toTensor(), a[1].toTensor(), optional_tensor(a[2]), results[0],
+                           a[3].toInt(), a[4].toSymInt());
+}
+Tensor log_softmax_gradient(const Tensor& grad_output, const Stack& a, const std::vector<Tensor>& results) {
+  return log_softmax_backward(grad_output, results[0], a[1].toInt());
+}
+
+c10::OperatorHandle find(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("nllx::" + name).c_str(), "");
+}
+
+struct Operation {
+  Operation(const std::string& name, Gradient* gradient, size_t first_saved_result)
+      : name(name),
+        schema(find(name).schema()),
+        gradient(gradient),
+        first_saved_result(first_saved_result),
+        vjp(find("_" + name + "_vjp")) {}
+
+  std::string name;
+  const c10::FunctionSchema& schema;
+  Gradient* gradient;  // null where no kernel has the derivative
+  size_t first_saved_result;
+  c10::OperatorHandle vjp;  // every other derivative, by the definition
+};
+
+// The derivatives of one level of grad, of whatever argument: the kernel's where there is one. The graph of grad is
+// always one that can be differentiated again, so that the gradients of gradients are worked out only when they are
+// asked for.
+class LevelNode final : public torch::autograd::Node {
+ public:
+  using variable_list = torch::autograd::variable_list;
+
+  LevelNode(const Operation& operation, Stack arguments, std::vector<size_t> tensors)
+      : operation_(operation), arguments_(std::move(arguments)), tensors_(std::move(tensors)) {
+    for (const size_t i : tensors_) {
+      saved_.emplace_back(arguments_[i].toTensor(), /*is_output=*/false);
+      arguments_[i] = c10::IValue();
+    }
+  }
+
+  void save_results(const std::vector<Tensor>& results) {
+    for (size_t i = operation_.first_saved_result; i < results.size(); ++i) {
+      saved_results_.emplace_back(results[i], /*is_output=*/i == 0);
+    }
+  }
+
+  std::string name() const override { return "Nllx_" + operation_.name; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list gradients(tensors_.size());
+    if (!grads[0].defined()) return gradients;
+    std::vector<size_t> wanted;  // which of tensors_
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (!task_should_compute_output(i)) continue;
+      wanted.push_back(i);
+      places.push_back(static_cast<int64_t>(tensors_[i]));
+    }
+    Stack arguments = arguments_;
+    for (size_t i = 0; i < tensors_.size(); ++i) arguments[tensors_[i]] = saved_[i].unpack();
+    if (operation_.gradient && places == std::vector<int64_t>{0}) {
+      std::vector<Tensor> results;
+      for (auto& saved : saved_results_) results.push_back(saved.unpack(getptr()));
+      gradients[0] = operation_.gradient(grads[0], arguments, results);
+    } else if (!wanted.empty()) {
+      arguments.insert(arguments.begin(), grads[0]);
+      arguments.emplace_back(std::move(places));
+      operation_.vjp.callBoxed(&arguments);
+      const std::vector<Tensor> results = arguments[0].toTensorVector();
+      for (size_t i = 0; i < wanted.size(); ++i) gradients[wanted[i]] = results[i];
+    }
+    return gradients;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& saved : saved_) saved.reset_data();
+    for (auto& saved : saved_results_) saved.reset_data();
+  }
+
+ private:
+  const Operation& operation_;
+  Stack arguments_;              // without the tensors
+  std::vector<size_t> tensors_;  // where they were
+  std::vector<torch::autograd::SavedVariable> saved_, saved_results_;
+};
+
+const Operation& operation(const std::string& name) {
+  // Made at the first call, when nllx/_transforms.py has registered the rest.
+  static const std::array<Operation, kOperations.size()> operations{{
+      {kOperations[0], &cross_entropy_gradient, 1},
+      {kOperations[1], nullptr, 1},
+      {kOperations[2], &nll_loss_gradient, 1},
+      {kOperations[3], nullptr, 1},
+      {kOperations[4], &log_softmax_gradient, 0},
+      {kOperations[5], nullptr, 1},
+  }};
+  for (const Operation& candidate : operations) {
+    if (candidate.name == name) return candidate;
+  }
+  TORCH_CHECK_INDEX(false, "nllx has no operator with derivatives that is called ", name);
+}
+
+}  // namespace
+
+void differentiate_level(const std::string& name, const pybind11::tuple& values, const pybind11::tuple& outputs) {
+  const Operation& of = operation(name);
+  Stack arguments =
+      torch::jit::createStackForSchema(of.schema, pybind11::args(values), pybind11::kwargs(), std::nullopt);
+  std::vector<size_t> places;
+  torch::autograd::variable_list tensors;
+  bool differentiable = false;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!arguments[i].isTensor()) continue;
+    places.push_back(i);
+    differentiable |= tensors.emplace_back(arguments[i].toTensor()).requires_grad();
+  }
+  if (!differentiable || !at::GradMode::is_enabled()) return;
+  if (of.gradient && arguments.size() > 2) {
+    check_weight_gradient(of.name.c_str(), arguments[1].toTensor(), optional_tensor(arguments[2]));
+  }
+  std::vector<Tensor> results;
+  for (const auto& output : outputs) results.push_back(output.cast<Tensor>());
+  const auto node = make_node<NodePointer, LevelNode>(of, std::move(arguments), std::move(places));
+  node->set_next_edges(torch::autograd::collect_next_edges(tensors));
+  torch::autograd::set_history(results[0], node);
+  static_cast<LevelNode*>(node.get())->save_results(results);
+}
+
+}  // namespace nllx
