@@ -286,10 +286,11 @@ def _refused(call: Call) -> bool:
 def _taken(call: Call) -> bool:
     """Whether it is one of those that nllx takes and torch does not."""
     x, target, weight = call.tensors
-    small = target.dtype in (torch.int32, torch.int16, torch.int8) or (target.dtype == torch.uint8 and x.dim() > 2)
+    smoothed = bool(call.options.get("label_smoothing"))
+    small = target.dtype in (torch.int32, torch.int16, torch.int8)
+    small |= target.dtype == torch.uint8 and (x.dim() > 2 or smoothed)
     precise = weight is not None and weight.dtype in (torch.float32, torch.float64) and x.dtype.itemsize == 2
     # torch's own sums of a smoothed loss do not broadcast where its loss without smoothing takes such shapes.
-    smoothed = bool(call.options.get("label_smoothing"))
     shapes = (x.dim() == 1 and target.shape == (1,)) or (x.dim() > 2 and weight is not None and weight.dim() != 1)
     return small or precise or (smoothed and shapes)
 

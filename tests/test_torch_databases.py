@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 from torch.utils._pytree import tree_map
 
 import nllx
@@ -246,8 +246,13 @@ def test_module_error_inputs(info: Any, device: str) -> None:
         info, device=device, dtype=torch.float32, requires_grad=False, training=True
     ):
         made, called = error.module_error_input.constructor_input, error.module_error_input.forward_input
-        module = getattr(nllx, info.module_cls.__name__)(*made.args, **made.kwargs)
-        with pytest.raises(error.error_type, match=error.error_regex):
-            module(*called.args, **called.kwargs)
+        make = functools.partial(getattr(nllx, info.module_cls.__name__), *made.args, **made.kwargs)
+        if error.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(error.error_type, match=error.error_regex):
+                make()
+        else:
+            module = make()
+            with pytest.raises(error.error_type, match=error.error_regex):
+                module(*called.args, **called.kwargs)
         count += 1
     assert count > 0
