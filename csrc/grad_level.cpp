@@ -42,19 +42,48 @@ c10::OperatorHandle find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("nllx::" + name).c_str(), "");
 }
 
+// What a backward needs: the arguments and the results but the first, or that alone.
+enum class Saved { kArguments, kResult };
+
 struct Operation {
-  Operation(const std::string& name, Gradient* gradient, size_t first_saved_result)
-      : name(name),
-        schema(find(name).schema()),
-        gradient(gradient),
-        first_saved_result(first_saved_result),
-        vjp(find("_" + name + "_vjp")) {}
+  Operation(const std::string& name, Gradient* gradient, Saved saved)
+      : name(name), schema(find(name).schema()), gradient(gradient), saved(saved), vjp(find("_" + name + "_vjp")) {}
 
   std::string name;
   const c10::FunctionSchema& schema;
   Gradient* gradient;  // null where no kernel has the derivative
-  size_t first_saved_result;
+  Saved saved;
   c10::OperatorHandle vjp;  // every other derivative, by the definition
+};
+
+// An argument for the backward. A wrapper does not count the changes of the tensor that it wraps, which the caller of a
+// transform still has.
+class SavedArgument {
+ public:
+  SavedArgument(const Tensor& wrapper, Tensor plain)
+      : wrapper_(wrapper, /*is_output=*/false), plain_(std::move(plain)), version_(version()) {}
+
+  Tensor unpack() const {
+    Tensor wrapper = wrapper_.unpack();
+    TORCH_CHECK(
+        version() == version_,
+        "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
+        "version ",
+        version(), "; expected version ", version_, " instead");
+    return wrapper;
+  }
+
+  void release() {
+    wrapper_.reset_data();
+    plain_.reset();
+  }
+
+ private:
+  int64_t version() const { return !plain_.defined() || plain_.is_inference() ? 0 : plain_._version(); }
+
+  torch::autograd::SavedVariable wrapper_;
+  Tensor plain_;
+  int64_t version_;
 };
 
 // The derivatives of one level of grad, of whatever argument: the kernel's where there is one. The graph of grad is
@@ -64,17 +93,21 @@ class LevelNode final : public torch::autograd::Node {
  public:
   using variable_list = torch::autograd::variable_list;
 
-  LevelNode(const Operation& operation, Stack arguments, std::vector<size_t> tensors)
+  // tensors: which of the arguments are.
+  LevelNode(const Operation& operation, Stack arguments, std::vector<size_t> tensors, const std::vector<Tensor>& plain)
       : operation_(operation), arguments_(std::move(arguments)), tensors_(std::move(tensors)) {
-    for (const size_t i : tensors_) {
-      saved_.emplace_back(arguments_[i].toTensor(), /*is_output=*/false);
-      arguments_[i] = c10::IValue();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      c10::IValue& argument = arguments_[tensors_[i]];
+      if (operation_.saved == Saved::kArguments) saved_.emplace_back(argument.toTensor(), plain[i]);
+      argument = c10::IValue();
     }
   }
 
   void save_results(const std::vector<Tensor>& results) {
-    for (size_t i = operation_.first_saved_result; i < results.size(); ++i) {
-      saved_results_.emplace_back(results[i], /*is_output=*/i == 0);
+    if (operation_.saved == Saved::kResult) {
+      saved_results_.emplace_back(results[0], /*is_output=*/true);
+    } else {
+      for (size_t i = 1; i < results.size(); ++i) saved_results_.emplace_back(results[i], /*is_output=*/false);
     }
   }
 
@@ -91,13 +124,14 @@ class LevelNode final : public torch::autograd::Node {
       wanted.push_back(i);
       places.push_back(static_cast<int64_t>(tensors_[i]));
     }
+    if (wanted.empty()) return gradients;
     Stack arguments = arguments_;
-    for (size_t i = 0; i < tensors_.size(); ++i) arguments[tensors_[i]] = saved_[i].unpack();
+    for (size_t i = 0; i < saved_.size(); ++i) arguments[tensors_[i]] = saved_[i].unpack();
     if (operation_.gradient && places == std::vector<int64_t>{0}) {
       std::vector<Tensor> results;
       for (auto& saved : saved_results_) results.push_back(saved.unpack(getptr()));
       gradients[0] = operation_.gradient(grads[0], arguments, results);
-    } else if (!wanted.empty()) {
+    } else {
       arguments.insert(arguments.begin(), grads[0]);
       arguments.emplace_back(std::move(places));
       operation_.vjp.callBoxed(&arguments);
@@ -109,7 +143,7 @@ class LevelNode final : public torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& saved : saved_) saved.reset_data();
+    for (auto& saved : saved_) saved.release();
     for (auto& saved : saved_results_) saved.reset_data();
   }
 
@@ -117,18 +151,19 @@ class LevelNode final : public torch::autograd::Node {
   const Operation& operation_;
   Stack arguments_;              // without the tensors
   std::vector<size_t> tensors_;  // where they were
-  std::vector<torch::autograd::SavedVariable> saved_, saved_results_;
+  std::vector<SavedArgument> saved_;
+  std::vector<torch::autograd::SavedVariable> saved_results_;
 };
 
 const Operation& operation(const std::string& name) {
   // Made at the first call, when nllx/_transforms.py has registered the rest.
   static const std::array<Operation, kOperations.size()> operations{{
-      {kOperations[0], &cross_entropy_gradient, 1},
-      {kOperations[1], nullptr, 1},
-      {kOperations[2], &nll_loss_gradient, 1},
-      {kOperations[3], nullptr, 1},
-      {kOperations[4], &log_softmax_gradient, 0},
-      {kOperations[5], nullptr, 1},
+      {kOperations[0], &cross_entropy_gradient, Saved::kArguments},
+      {kOperations[1], nullptr, Saved::kArguments},
+      {kOperations[2], &nll_loss_gradient, Saved::kArguments},
+      {kOperations[3], nullptr, Saved::kArguments},
+      {kOperations[4], &log_softmax_gradient, Saved::kResult},
+      {kOperations[5], nullptr, Saved::kArguments},
   }};
   for (const Operation& candidate : operations) {
     if (candidate.name == name) return candidate;
@@ -138,7 +173,8 @@ const Operation& operation(const std::string& name) {
 
 }  // namespace
 
-void differentiate_level(const std::string& name, const pybind11::tuple& values, const pybind11::tuple& outputs) {
+void differentiate_level(const std::string& name, const pybind11::tuple& values, const pybind11::tuple& plain_values,
+                         const pybind11::tuple& outputs) {
   const Operation& of = operation(name);
   Stack arguments =
       torch::jit::createStackForSchema(of.schema, pybind11::args(values), pybind11::kwargs(), std::nullopt);
@@ -154,9 +190,10 @@ void differentiate_level(const std::string& name, const pybind11::tuple& values,
   if (of.gradient && arguments.size() > 2) {
     check_weight_gradient(of.name.c_str(), arguments[1].toTensor(), optional_tensor(arguments[2]));
   }
-  std::vector<Tensor> results;
+  std::vector<Tensor> plain, results;
+  for (const size_t i : places) plain.push_back(plain_values[i].cast<Tensor>());
   for (const auto& output : outputs) results.push_back(output.cast<Tensor>());
-  const auto node = make_node<NodePointer, LevelNode>(of, std::move(arguments), std::move(places));
+  const auto node = make_node<NodePointer, LevelNode>(of, std::move(arguments), std::move(places), plain);
   node->set_next_edges(torch::autograd::collect_next_edges(tensors));
   torch::autograd::set_history(results[0], node);
   static_cast<LevelNode*>(node.get())->save_results(results);

@@ -10,9 +10,15 @@ struct Dim {
   int64_t size = 1, stride = 0;
 };
 
-// Dimensions [begin, end) as one, if their strides allow it.
+// Dimensions [begin, end) as one, if their strides allow it. Those of a tensor without elements mean nothing, and
+// contiguous() leaves them.
 std::optional<Dim> collapse(const at::Tensor& t, int64_t begin, int64_t end) {
   Dim result;
+  if (t.numel() == 0) {
+    result.stride = 1;
+    for (int64_t d = begin; d < end; ++d) result.size *= t.size(d);
+    return result;
+  }
   for (int64_t d = end - 1; d >= begin; --d) {
     if (t.size(d) == 1) continue;
     if (result.size == 1) {

@@ -1,6 +1,7 @@
 // The Python module nllx._C: what was built and what was chosen at run time. The operators are torch.ops.nllx.*.
 #include <c10/macros/Macros.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <map>
 #include <string>
@@ -88,8 +89,14 @@ PYBIND11_MODULE(_C, m) {
       "or 'log_softmax'. The problem is an array (outer, classes, inner); dense: rows follow each other without gaps; "
       "aligned: they, or the classes of planes, begin at 16-byte boundaries; has_terms: smoothing or probabilities. "
       "multiprocessors, shared_bytes (a block's): of the GPU, by default an H100's. Raises ValueError for another op.");
-  m.def("differentiate_level", &nllx::differentiate_level, py::arg("name"), py::arg("arguments"), py::arg("results"),
+  m.def("differentiate_level", &nllx::differentiate_level, py::arg("name"), py::arg("arguments"), py::arg("plain"),
+        py::arg("results"),
         "Makes `results` those of the operator `name` in the graph of one level of torch.func.grad.");
+  m.def(
+      "has_tangent", [](const at::Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }, py::arg("tensor"),
+      "Whether forward mode differentiates with respect to a tensor; torch.autograd.forward_ad.unpack_dual is an "
+      "operator, "
+      "which vmap does not take.");
   m.def("build_info", &build_info, "What this binary was built with: torch, compiler, cuda, cuda_architectures.");
   m.def(
       "cpu_capability", [] { return nllx::cpu_capability().name; },

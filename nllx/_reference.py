@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from nllx import _C
 from nllx._fake import (
     MEAN,
     MEAN_OR_ZERO,
@@ -81,7 +81,7 @@ def mean_divisor(weight: Tensor, reduction: int, label_smoothing: float) -> Tens
 
 def check_weight_gradient(op: str, weight: Tensor) -> None:
     """Raises where a transform differentiates index targets with respect to the weights, as csrc/autograd.cpp does."""
-    if (weight.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(weight).tangent is not None:
+    if (weight.requires_grad and torch.is_grad_enabled()) or _C.has_tangent(weight):
         raise RuntimeError(
             f"The function '{op}' is not differentiable with respect to argument 'weight' for targets that are class "
             "indices. This input cannot have requires_grad True: call weight.detach()"
@@ -89,7 +89,10 @@ def check_weight_gradient(op: str, weight: Tensor) -> None:
 
 
 def _reduce(rows: Tensor, divisor: Tensor, reduction: int) -> Tensor:
-    return rows if reduction == NONE else rows.sum() if reduction == SUM else rows.sum() / divisor
+    if reduction in (NONE, SUM):
+        return rows if reduction == NONE else rows.sum()
+    # As one element: of numbers without a dimension vmap divides none where it has no samples, as jacfwd of nothing.
+    return (rows.sum().reshape(1) / divisor).reshape([])
 
 
 def _weighted(a: Tensor, log_probs: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ def _transform(
     def differentiated(interpreter: Any, arguments: Sequence[Any]) -> Any:
         level, lift, grad_mode = interpreter.level(), interpreter._cptr.lift, torch.is_grad_enabled()
         plain = [_functorch._unwrap_for_grad(a, level) if isinstance(a, Tensor) else a for a in arguments]
-        torch._C._set_grad_enabled(interpreter.prev_grad_mode())
+        torch._C._set_grad_enabled(grad_mode and interpreter.prev_grad_mode())
         layer = pop_dynamic_layer_stack()
         try:
             result = inner(*plain)
@@ -299,7 +299,8 @@ def _transform(
             torch._C._set_grad_enabled(grad_mode)
         several = isinstance(result, tuple)
         wrapped = tuple(_functorch._wrap_for_grad(t, level) for t in (result if several else (result,)))
-        _C.differentiate_level(name, tuple(lift(a) if isinstance(a, Tensor) else a for a in arguments), wrapped)
+        lifted = tuple(lift(a) if isinstance(a, Tensor) else a for a in arguments)
+        _C.differentiate_level(name, lifted, tuple(plain), wrapped)
         return wrapped if several else wrapped[0]
 
     def of_samples(interpreter: Any, arguments: Sequence[Any]) -> Any:
@@ -324,13 +325,13 @@ def _transform(
     def transform(*arguments: Any) -> Any:
         interpreter: Any = retrieve_current_functorch_interpreter()
         kind = interpreter.key()
-        if kind == TransformType.Grad:
+        if kind == TransformType.Grad and not any(_C.has_tangent(a) for a in arguments[:tensors] if a is not None):
             return differentiated(interpreter, arguments)
         if check is not None:
             check(*arguments)
         if kind == TransformType.Vmap:
             return of_samples(interpreter, arguments)
-        if kind == TransformType.Jvp:
+        if kind in (TransformType.Jvp, TransformType.Grad):
             return definition(*arguments)
         level = FunctorchFunctionalizeAPI(interpreter)
         plain = level.unwrap_tensors(tuple(arguments))

@@ -205,6 +205,9 @@ def test_weights_have_no_derivative_under_transforms(op: str) -> None:
         lambda: torch.func.grad(loss)(ones(5)),
         lambda: torch.func.jvp(loss, (ones(5),), (ones(5),)),
         lambda: torch.func.vmap(torch.func.grad(loss))(ones(2, 5)),
+        lambda: torch.func.grad(lambda w: torch.vmap(lambda x: getattr(nllx.functional, op)(x, t, w))(x[None]).sum())(
+            ones(5)
+        ),
     ):
         with pytest.raises(RuntimeError, match=r"not differentiable with respect to argument 'weight'"):
             transform()

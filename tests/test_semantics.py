@@ -316,6 +316,14 @@ class TestOptions:
         assert each.isnan().any()
         assert_close(gradients, each, equal_nan=True)
 
+    @pytest.mark.parametrize("reduction", ["none", "sum"])
+    def test_nllx_ignored_rows_of_no_classes(self, reduction: str) -> None:
+        """torch's smoothing is the mean over no classes, NaN."""
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        arguments = torch.randn(3, 0), torch.full((3,), -100)
+        assert F.cross_entropy(*arguments, **options).isnan().all()
+        assert (N.cross_entropy(*arguments, **options) == 0).all()
+
     def test_all_weights_zero_with_smoothing(self) -> None:
         """The weights of the targets are zero, those of other classes are not: 0 / 0 + number / 0."""
         weight = torch.tensor([0.0, 0.0, 0.0, 1.0])
