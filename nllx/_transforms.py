@@ -16,6 +16,7 @@ from torch._C import _functorch
 from torch._C._functorch import TransformType, pop_dynamic_layer_stack, push_dynamic_layer_stack
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+from torch.autograd import forward_ad
 
 from nllx import _C, _reference
 from nllx._fake import NONE, SUM, check_arguments, check_log_softmax, loss_dtypes
@@ -41,9 +42,11 @@ class _Samples:
     def __init__(self, logits: Tensor, dim: int | None, size: int) -> None:
         self.size = size
         self.logits = logits = _leading(logits, dim, size)
-        self.unbatched = logits.dim() == 2  # a sample is (C): a row of the whole, with nothing to join
+        self.unbatched = logits.dim() == 2  # a sample is (C)
+        self.single = self.unbatched or (logits.dim() == 3 and logits.shape[1] == 1)  # a sample is one row of the whole
         self.rows: tuple[int, ...] = ()
-        if self.unbatched:
+        if self.single:
+            self.logits = logits if self.unbatched else logits.squeeze(1)
             return
         self.rows = (logits.shape[1], *logits.shape[3:])
         samples, n = logits.shape[0], logits.shape[1]
@@ -58,16 +61,14 @@ class _Samples:
 
     def _join(self, t: Tensor, trailing: int = 0) -> Tensor:
         """(size, N, ...) as the joined problem has it; `trailing` dimensions belong to a row and stay the last."""
-        if self.unbatched:
-            return t
         if self.place == -1:
             return t.movedim(0, -1 - trailing)
         return (t if self.place == 0 else t.transpose(0, 1)).flatten(0, 1)
 
     def split(self, t: Tensor, trailing: int = 0) -> Tensor:
         """The reverse: a result of the joined problem with the samples in front."""
-        if self.unbatched:
-            return t
+        if self.single:
+            return t if self.unbatched else t.unsqueeze(1)
         if self.place == -1:
             return t.movedim(-1 - trailing, 0)
         if self.place == 0:
@@ -76,23 +77,28 @@ class _Samples:
 
     def join_classes(self, t: Tensor, dim: int | None) -> Tensor:
         """A tensor whose samples have the shape of the logits."""
-        return self._join(_leading(t, dim, self.size))
+        t = _leading(t, dim, self.size)
+        if self.single:
+            return t if self.unbatched else t.squeeze(1)
+        return self._join(t)
 
     def join_rows(self, t: Tensor, dim: int | None, *trailing: int) -> Tensor:
         """A tensor whose samples have one element, or the dimensions `trailing`, for each row."""
-        t = _leading(t, dim, self.size).reshape(self.size, *self.rows, *trailing)
-        return self._join(t, len(trailing))
+        t = _leading(t, dim, self.size)
+        if self.single:
+            return t.reshape(self.size, *trailing)
+        return self._join(t.reshape(self.size, *self.rows, *trailing), len(trailing))
 
     def each(self, t: Tensor, dim: int | None) -> Tensor:
         """A tensor with one number for each sample, as one number for each row."""
         t = _leading(t, dim, self.size)
-        if self.unbatched:
+        if self.single:
             return t
         return self._join(t.reshape(self.size, *[1] * len(self.rows)).expand(self.size, *self.rows))
 
     def sum(self, rows: Tensor) -> Tensor:
-        """The sums over the rows of each sample."""
-        return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+        """The sums over the rows of each sample, of what the joined problem has for each row."""
+        return rows if self.single else self.split(rows).flatten(1).sum(1)
 
 
 def _flat(weight: Tensor | None) -> Tensor | None:
@@ -127,12 +133,12 @@ def _divisors(
         present = torch.where(
             valid, weight.reshape(-1).to(acc)[index], torch.zeros([], dtype=acc, device=target.device)
         )
-    return _reference.mean_divisor(samples.sum(samples.split(present)), reduction, label_smoothing)
+    return _reference.mean_divisor(samples.sum(present), reduction, label_smoothing)
 
 
 def _reduce(samples: _Samples, rows: Tensor, divisors: Tensor, reduction: int) -> Tensor:
     if reduction == NONE:
-        return rows
+        return samples.split(rows)
     return samples.sum(rows) if reduction == SUM else samples.sum(rows) / divisors
 
 
@@ -149,7 +155,7 @@ def _incoming(
         return samples.join_rows(grad_output, dim)
     if reduction == SUM:
         return samples.each(grad_output, dim)
-    grad_output = _leading(grad_output.to(total_weight.dtype), dim, samples.size)
+    grad_output = _leading(_cast(grad_output, total_weight.dtype), dim, samples.size)
     return samples.each(grad_output / _leading(total_weight, weight_dim, samples.size), 0)
 
 
@@ -187,7 +193,7 @@ def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tupl
         probabilities,
         acc,
     )
-    loss = _reduce(samples, samples.split(rows), divisors, reduction).to(loss_dtype)
+    loss = _cast(_reduce(samples, rows, divisors, reduction), loss_dtype)
     return (loss, samples.split(row_stats, trailing=1), divisors), 0
 
 
@@ -226,7 +232,7 @@ def _nll_loss_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tup
     divisors = _divisors(
         "nll_loss", samples, joined, weight, samples.logits.shape[1], reduction, ignore_index, 0.0, False, acc
     )
-    return (_reduce(samples, samples.split(rows), divisors, reduction).to(loss_dtype), divisors), 0
+    return (_cast(_reduce(samples, rows, divisors, reduction), loss_dtype), divisors), 0
 
 
 def _nll_loss_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[Tensor, Any] | None:
@@ -267,6 +273,16 @@ def _log_softmax_backward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple
     if output.dim() == 1:
         return None
     return _ops.log_softmax_backward(grad_output, output, _sample_dim(dim, output.dim() - 1, batch_dim)), batch_dim
+
+
+def _any_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one is a dual number; outside of forward mode without a look at them."""
+    return forward_ad._current_level >= 0 and any(_C.has_tangent(t) for t in tensors if t is not None)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``to``, which takes its time where there is nothing to do too."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _transform(
@@ -325,7 +341,7 @@ def _transform(
     def transform(*arguments: Any) -> Any:
         interpreter: Any = retrieve_current_functorch_interpreter()
         kind = interpreter.key()
-        if kind == TransformType.Grad and not any(_C.has_tangent(a) for a in arguments[:tensors] if a is not None):
+        if kind == TransformType.Grad and not _any_tangent(arguments[:tensors]):
             return differentiated(interpreter, arguments)
         if check is not None:
             check(*arguments)
