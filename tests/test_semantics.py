@@ -184,6 +184,14 @@ class TestShapes:
         for shape in ((4, 1), (1, 4), (2, 2)):
             same_with_gradient(op, image, target, w.view(shape))
 
+    @pytest.mark.parametrize("op", LOSSES)
+    def test_nllx_unbatched_target_of_one(self, op: str) -> None:
+        """torch's backward raises."""
+        assert_close(same(op, x[0], t[:1]), getattr(F, op)(x[0], t[0]))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            grad_of(F, op, x[0], t[:1])
+        assert_close(grad_of(N, op, x[0], t[:1], w), grad_of(F, op, x[0], t[0], w))
+
     def test_nllx_smoothed_losses_take_the_shapes_of_plain_ones(self) -> None:
         """torch's sum over the classes does not broadcast there."""
         image, target = torch.randn(2, 4, 3), torch.randint(4, (2, 3))
