@@ -10,6 +10,19 @@ _load()
 from nllx import functional  # noqa: E402  (needs the operators that _load registers)
 from nllx._errors import check_errors  # noqa: E402
 from nllx.modules import CrossEntropyLoss, LogSoftmax, NLLLoss  # noqa: E402
+from nllx.patching import convert, patch, patch_report, patched, unpatch  # noqa: E402
 from nllx.version import __version__  # noqa: E402
 
-__all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "__version__", "check_errors", "functional"]
+__all__ = [
+    "CrossEntropyLoss",
+    "LogSoftmax",
+    "NLLLoss",
+    "__version__",
+    "check_errors",
+    "convert",
+    "functional",
+    "patch",
+    "patch_report",
+    "patched",
+    "unpatch",
+]

@@ -88,6 +88,18 @@ def _mean_or_zero(op: str, number: int, zero_division: Any) -> int:
     return 3 if number == 1 else number
 
 
+# The types of Python that torch takes for a dtype.
+_PYTHON_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool, complex: torch.complex128}
+
+
+def _dtype(op: str, value: Any) -> torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    if isinstance(value, type) and value in _PYTHON_DTYPES:
+        return _PYTHON_DTYPES[value]
+    raise TypeError(f"{op}(): argument 'dtype' must be torch.dtype, not {type(value).__name__}")
+
+
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     if torch.compiler.is_compiling():  # torch.compile traces neither the warning nor torch's function
         return "none" if reduce is False else "sum" if size_average is False else "mean"
@@ -138,7 +150,8 @@ def cross_entropy(
             nothing reads the logits after ``backward()``: a linear layer in front of the loss does not, but metrics made
             from them later, and activations that save their output (``tanh``, ``softmax``), do. Autograd notices most
             misuse, since the logits' version counter rises: another backward through the same graph, or through one that
-            saved the logits, raises RuntimeError. The logits must be the output of an operation, not a leaf, and not
+            saved the logits, raises RuntimeError. It does not notice ``logits.detach()`` or ``logits.data`` kept for later,
+            which change with the logits. The logits must be the output of an operation, not a leaf, and not
             expanded. Where the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and
             ``torch.compile``, it is a fresh tensor as ever.
         zero_division: What the mean over nothing is: NaN, as torch has it, or 0, with a gradient of 0. Nothing is an empty
@@ -345,6 +358,8 @@ def log_softmax(
             dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
     if type(dim) is not int or not _SMALLEST <= dim <= _LARGEST:
         dim = _integer("log_softmax", "dim", dim)
+    if dtype is not None:
+        dtype = _dtype("log_softmax", dtype)
     if dtype is not None or torch.compiler.is_compiling():
         if input.is_nested:
             return _nested_log_softmax(input, dim, dtype)

@@ -4,6 +4,8 @@ and ``isinstance`` checks in users' code stay what they are."""
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,34 @@ from torch import Tensor
 from nllx import functional as F
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss"]
+
+
+def _integer(value: int) -> int:
+    """NumPy's integers as Python's; mistakes as they are, for the call to tell."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+
+
+def _options(module: torch.nn.Module) -> str:
+    """What nllx's module has and torch's has not, for its ``repr``."""
+    shown = []
+    if getattr(module, "inplace_backward", False):
+        shown.append("inplace_backward=True")
+    if getattr(module, "zero_division", math.nan) == 0:
+        shown.append("zero_division=0")
+    return ", ".join(shown)
+
+
+def _scriptable(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.Module:
+    """torch's module in place of nllx's, with the same weights and options: ``torch.jit.script`` compiles no calls of nllx."""
+    if getattr(module, "zero_division", math.nan) == 0:
+        raise NotImplementedError(
+            f"torch.jit.script of {module} takes no zero_division=0: use torch.compile or torch.export"
+        )
+    plain: Any = kind.__new__(kind)
+    plain.__dict__.update(module.__dict__)
+    for name in ("inplace_backward", "zero_division"):
+        plain.__dict__.pop(name, None)
+    return plain
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -43,9 +73,18 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         inplace_backward: bool = False,
         zero_division: float = math.nan,
     ) -> None:
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        if isinstance(label_smoothing, numbers.Real):
+            label_smoothing = float(label_smoothing)  # of NumPy's numbers torch.compile makes arrays
+        super().__init__(weight, size_average, _integer(ignore_index), reduce, reduction, label_smoothing)
+        F._mean_or_zero("CrossEntropyLoss", 1, zero_division)
         self.inplace_backward = inplace_backward
         self.zero_division = zero_division
+
+    def extra_repr(self) -> str:
+        return _options(self)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _scriptable(self, torch.nn.CrossEntropyLoss)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -84,8 +123,15 @@ class NLLLoss(torch.nn.NLLLoss):
         *,
         zero_division: float = math.nan,
     ) -> None:
-        super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        super().__init__(weight, size_average, _integer(ignore_index), reduce, reduction)
+        F._mean_or_zero("NLLLoss", 1, zero_division)
         self.zero_division = zero_division
+
+    def extra_repr(self) -> str:
+        return _options(self)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _scriptable(self, torch.nn.NLLLoss)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.nll_loss(
@@ -104,6 +150,9 @@ class LogSoftmax(torch.nn.LogSoftmax):
     Args:
         dim: The dimension of the classes.
     """
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _scriptable(self, torch.nn.LogSoftmax)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.log_softmax(input, self.dim, _stacklevel=5)

@@ -9,6 +9,7 @@ import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -257,3 +258,47 @@ def test_a_patched_torch_is_not_called_back(monkeypatch: pytest.MonkeyPatch) -> 
     nllx.functional.cross_entropy(leaf, p).backward()
     assert leaf.grad is not None
     assert p.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_script() -> None:
+    """Scripted models have torch's losses, with the same weights and options."""
+    x, target, weight = torch.randn(3, 4), torch.tensor([0, 3, -1]), torch.rand(4)
+    losses = [
+        nllx.CrossEntropyLoss(weight, ignore_index=-1, label_smoothing=0.1, reduction="sum"),
+        nllx.NLLLoss(weight, ignore_index=-1),
+    ]
+    for loss in losses:
+        assert_close(torch.jit.script(loss)(x, target), loss(x, target))
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), nllx.LogSoftmax(1))
+    assert_close(torch.jit.script(net)(x), net(x))
+    with pytest.raises(NotImplementedError, match="zero_division"):
+        torch.jit.script(nllx.NLLLoss(zero_division=0))
+
+
+def test_repr_shows_what_torch_has_not() -> None:
+    assert repr(nllx.CrossEntropyLoss()) == "CrossEntropyLoss()"
+    loss = nllx.CrossEntropyLoss(inplace_backward=True, zero_division=0)
+    assert repr(loss) == "CrossEntropyLoss(inplace_backward=True, zero_division=0)"
+    assert repr(nllx.NLLLoss(zero_division=0)) == "NLLLoss(zero_division=0)"
+
+
+def test_numbers_of_numpy_compile() -> None:
+    x, target = torch.randn(3, 4), torch.tensor([0, 3, 1])
+    loss = nllx.CrossEntropyLoss(label_smoothing=np.float64(0.1), ignore_index=np.int64(3))
+    expected = torch.nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=3)(x, target)
+    assert_close(torch.compile(loss, backend="eager", fullgraph=True)(x, target), expected)
+    assert_close(loss(x, target), expected)
+    likelihood = nllx.NLLLoss(ignore_index=np.int64(3))
+    expected = torch.nn.NLLLoss(ignore_index=3)(x, target)
+    assert_close(torch.compile(likelihood, backend="eager", fullgraph=True)(x, target), expected)
+
+
+def test_dtypes_of_python() -> None:
+    x = torch.randn(3, 4)
+    assert nllx.functional.log_softmax(x, 1, dtype=float).dtype == torch.float64
+    for dtype in ("float64", 1.0):
+        with pytest.raises(TypeError, match=r"'dtype' must be torch\.dtype, not"):
+            nllx.functional.log_softmax(x, 1, dtype=dtype)
+    with pytest.raises(NotImplementedError):
+        nllx.functional.log_softmax(x, 1, dtype=int)

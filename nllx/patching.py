@@ -1,0 +1,243 @@
+"""Existing code on nllx's losses: torch's functions replaced everywhere (:func:`patch`), or the modules of a model
+(:func:`convert`)."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from nllx import _C, functional, modules
+
+__all__ = ["convert", "patch", "patch_report", "patched", "unpatch"]
+
+_torch = torch.nn.functional
+_NAMES = ("cross_entropy", "nll_loss", "log_softmax")
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+_lock = threading.RLock()
+_always = False  # patch() without unpatch()
+_entered = 0  # how many patched() are under way, in all threads
+_originals: dict[str, Callable[..., Tensor]] = {}  # what was there before
+_counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in _NAMES}
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+
+def _has_own_torch_function(t: Any) -> bool:
+    """Whether a tensor is of a class that handles torch's functions one by one, and knows none of nllx's."""
+    if type(t) in _PLAIN or not isinstance(t, Tensor):
+        return False
+    handler = type(t).__torch_function__
+    return (
+        handler is not torch._C._disabled_torch_function_impl
+        and getattr(handler, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    )
+
+
+def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | None:
+    """Why torch has to compute it, or None. Mistakes are for nllx to tell, as torch would."""
+    if not isinstance(input, Tensor):
+        return None
+    if _has_own_torch_function(input) or any(_has_own_torch_function(t) for t in others):
+        with torch._C.DisableTorchFunctionSubclass():  # which sees attributes too
+            return "nested" if input.is_nested else "a subclass of Tensor with a __torch_function__ of its own"
+    if input.is_nested:
+        return "nested"
+    if any(type(t).__name__ == "DTensor" for t in (input, *others)):
+        return "DTensor"  # whose operations are sharded one by one
+    if input.layout != torch.strided:
+        return f"layout {input.layout}"
+    dtype = dtype or input.dtype
+    if dtype not in _FLOATING:
+        return f"dtype {dtype}"
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        return f"device {input.device.type}"
+    if input.device.type == "cuda" and not _C.build_info()["cuda"]:
+        return "nllx was built without CUDA"
+    if any(isinstance(t, Tensor) and t.is_complex() for t in others):
+        return "complex target or weight"
+    return None
+
+
+def _run(name: str, reason: str | None, tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor:
+    """Calls torch's function for a reason, or nllx's, and counts it: in eager mode, since a compiler sees a call once."""
+    if not torch.compiler.is_compiling():
+        with _lock:
+            _counts[name]["nllx" if reason is None else reason] += 1
+    if reason is None:
+        return getattr(functional, name)(*arguments)
+    original = _originals[name]
+    if has_torch_function(tensors):  # torch would give them the function that it finds under its name: the replacement
+        return handle_torch_function(original, tensors, *arguments)
+    return original(*arguments)
+
+
+def _is_on() -> bool:
+    return _always or _entered > 0
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """:func:`torch.nn.functional.cross_entropy`, by nllx where it can."""
+    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    if not _is_on():  # called by someone who kept it
+        return _originals["cross_entropy"](*arguments)
+    reason = _why_torch(input, None, target, weight)
+    if reason is None and isinstance(label_smoothing, float) and not label_smoothing >= 0:
+        reason = "label_smoothing below 0"
+    return _run("cross_entropy", reason, (input, target, weight), arguments)
+
+
+def _nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`torch.nn.functional.nll_loss`, by nllx where it can."""
+    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction)
+    if not _is_on():
+        return _originals["nll_loss"](*arguments)
+    return _run("nll_loss", _why_torch(input, None, target, weight), (input, target, weight), arguments)
+
+
+def _log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """:func:`torch.nn.functional.log_softmax`, by nllx where it can."""
+    if not _is_on():
+        return _originals["log_softmax"](input, dim, _stacklevel + 1, dtype)
+    return _run("log_softmax", _why_torch(input, dtype), (input,), (input, dim, _stacklevel + 2, dtype))
+
+
+_REPLACEMENTS: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
+    "log_softmax": _log_softmax,
+}
+for _name, _replacement in _REPLACEMENTS.items():
+    _replacement.__name__ = _replacement.__qualname__ = _name
+
+
+def _update() -> None:
+    """Puts the functions of torch.nn.functional where they belong; called with the lock."""
+    for name, replacement in _REPLACEMENTS.items():
+        current = getattr(_torch, name)
+        if _is_on() and current is not replacement:
+            _originals[name] = current
+            setattr(_torch, name, replacement)
+        elif not _is_on() and current is replacement:  # if it is another one, somebody wrapped ours, which steps aside
+            setattr(_torch, name, _originals[name])
+
+
+def patch() -> None:
+    """Routes ``torch.nn.functional.cross_entropy``, ``nll_loss`` and ``log_softmax`` to nllx, until :func:`unpatch`.
+
+    The modules ``torch.nn.CrossEntropyLoss``, ``NLLLoss`` and ``LogSoftmax`` call these functions, those already built too.
+    What nllx does not take (other dtypes, devices and layouts, subclasses of Tensor that handle torch's functions
+    themselves) goes to torch as before; :func:`patch_report` tells. A second call changes nothing.
+
+    It holds for the whole process, all threads included, since autograd runs forward code in threads of its own
+    (``torch.utils.checkpoint``). Names imported from torch before (``from torch.nn.functional import cross_entropy``), methods
+    (``Tensor.log_softmax``) and code of ``torch.jit.script`` are not routed. Where the logits are changed in place between
+    forward and backward, nllx raises RuntimeError, and torch does not look.
+    """
+    global _always
+    with _lock:
+        _always = True
+        _update()
+
+
+def unpatch() -> None:
+    """Undoes :func:`patch`. Inside of :func:`patched` torch's functions come back when that ends."""
+    global _always
+    with _lock:
+        _always = False
+        _update()
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """:func:`patch` for the time of a ``with`` block, or of a function that it decorates.
+
+    Blocks may be inside of each other and in several threads: torch's functions come back with the end of the last one,
+    with an exception too.
+    """
+    global _entered
+    with _lock:
+        _entered += 1
+        _update()
+    try:
+        yield
+    finally:
+        with _lock:
+            _entered -= 1
+            _update()
+
+
+def patch_report(*, reset: bool = False) -> dict[str, dict[str, int]]:
+    """How many calls of each patched function ran where, since the start or the last ``reset``.
+
+    Returns:
+        For each function a dict from ``"nllx"``, or the reason why torch computed it, to the number of calls. Calls from
+        graphs of ``torch.compile`` are not seen.
+
+    >>> with nllx.patched():
+    ...     loss = torch.nn.CrossEntropyLoss()(torch.zeros(2, 3), torch.tensor([0, 2]))
+    >>> nllx.patch_report()["cross_entropy"]
+    {'nllx': 1}
+    """
+    with _lock:
+        report = {name: dict(counts) for name, counts in _counts.items()}
+        if reset:
+            for counts in _counts.values():
+                counts.clear()
+    return report
+
+
+_MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.CrossEntropyLoss: modules.CrossEntropyLoss,
+    torch.nn.NLLLoss: modules.NLLLoss,
+    torch.nn.LogSoftmax: modules.LogSoftmax,
+}
+
+
+def convert(module: _Module, *, verbose: bool = True) -> _Module:
+    """Makes the losses inside of a model nllx's: ``CrossEntropyLoss``, ``NLLLoss`` and ``LogSoftmax``, itself included.
+
+    Each stays the same object, with its weights, options, hooks and mode, and gets nllx's class (a subclass of torch's).
+    Subclasses that users wrote are left as they are, since their ``forward`` may do anything.
+
+    Args:
+        module: The model; changed in place.
+        verbose: Print a line for each module that was converted.
+
+    Returns:
+        ``module``.
+    """
+    for name, child in module.named_modules():
+        replacement = _MODULES.get(type(child))
+        if replacement is not None:
+            child.__class__ = replacement
+            if verbose:
+                print(f"nllx.convert: {name or 'the module itself'}: {child}")
+    return module

@@ -1,0 +1,297 @@
+"""torch's losses routed to nllx and back, and the losses of a model converted."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.tensor
+from torch import Tensor
+from torch.testing import assert_close
+
+import nllx
+
+F = torch.nn.functional
+_TORCH = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss", "log_softmax")}
+_x = torch.arange(12.0).view(3, 4).sin()
+_t = torch.tensor([0, 3, 1])
+_w = torch.tensor([0.5, 1.0, 2.0, 4.0])
+
+
+@pytest.fixture(autouse=True)
+def _put_back() -> Iterator[None]:
+    nllx.patch_report(reset=True)
+    yield
+    nllx.unpatch()
+    assert _is_torchs()
+
+
+def _is_torchs() -> bool:
+    return all(getattr(F, name) is function for name, function in _TORCH.items())
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], x: Tensor = _x) -> tuple[Tensor, Tensor, str]:
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf)
+    assert value.grad_fn is not None
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0], value.grad_fn.name()
+
+
+_ENTROPY, _LIKELIHOOD = torch.nn.CrossEntropyLoss(_w, ignore_index=1), torch.nn.NLLLoss(_w)
+_LOG_SOFTMAX = torch.nn.LogSoftmax(dim=0)
+_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda x: F.cross_entropy(x, _t, _w, label_smoothing=0.1, reduction="sum"),
+    "cross_entropy by position": lambda x: F.cross_entropy(x, _t, _w, None, 3, None, "mean", 0.2),
+    "probabilities": lambda x: F.cross_entropy(x, _x.softmax(1)),
+    "CrossEntropyLoss": lambda x: _ENTROPY(x, _t),
+    "nll_loss": lambda x: F.nll_loss(x, _t, _w, ignore_index=0, reduction="none"),
+    "NLLLoss": lambda x: _LIKELIHOOD(x, _t),
+    "log_softmax": lambda x: F.log_softmax(x, dim=1, dtype=torch.float64),
+    "LogSoftmax": lambda x: _LOG_SOFTMAX(x),
+}
+
+
+@pytest.mark.parametrize("call", _CALLS.values(), ids=_CALLS.keys())
+def test_losses_run_on_nllx_and_back(call: Callable[[Tensor], Tensor]) -> None:
+    *expected, torchs = _gradient(call)
+    nllx.patch()
+    *got, ours = _gradient(call)
+    assert_close(got, expected)
+    assert "nllx" in ours.lower()
+    assert sum(counts.get("nllx", 0) for counts in nllx.patch_report().values()) == 1
+    nllx.unpatch()
+    assert _gradient(call)[2] == torchs
+    assert sum(sum(counts.values()) for counts in nllx.patch_report().values()) == 1
+
+
+class _Handles(Tensor):
+    """A library's own tensor, which knows torch's functions by identity."""
+
+    seen: list[Any] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+_FALL_THROUGH: dict[str, tuple[str, Callable[[], Any]]] = {
+    "complex": ("dtype torch.complex64", lambda: F.log_softmax(_x + 0j, 1)),
+    "nested": (
+        "nested",
+        lambda: F.log_softmax(torch.nested.nested_tensor([_x, _x[:2]], layout=torch.jagged), 2).values(),
+    ),
+    "sparse": ("layout torch.sparse_coo", lambda: F.log_softmax(_x.to_sparse(), 1)),
+    "negative smoothing": ("label_smoothing below 0", lambda: F.cross_entropy(_x, _t, label_smoothing=-0.5)),
+    "complex weight": ("complex target or weight", lambda: F.cross_entropy(_x, _x.softmax(1), _w + 0j)),
+    "subclass": (
+        "a subclass of Tensor with a __torch_function__ of its own",
+        lambda: F.cross_entropy(_x.as_subclass(_Handles), _t).as_subclass(Tensor),
+    ),
+}
+
+
+def _attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize(("reason", "call"), _FALL_THROUGH.values(), ids=_FALL_THROUGH.keys())
+def test_what_nllx_does_not_take_goes_to_torch(reason: str, call: Callable[[], Any]) -> None:
+    expected = _attempt(call)
+    _Handles.seen.clear()
+    with nllx.patched():
+        got = _attempt(call)
+    if isinstance(expected, Tensor):
+        assert_close(got, expected)
+    else:
+        assert got == expected
+    (counts,) = (counts for counts in nllx.patch_report().values() if counts)
+    assert counts == {reason: 1}
+    if "subclass" in reason:
+        assert _Handles.seen[0] is _TORCH["cross_entropy"]
+
+
+def test_sharded_tensors_go_to_torch(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        x = torch.distributed.tensor.distribute_tensor(_x, mesh, [torch.distributed.tensor.Shard(0)])
+        expected = F.log_softmax(x, -1).full_tensor()
+        with nllx.patched():
+            assert_close(F.log_softmax(x, -1).full_tensor(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert nllx.patch_report()["log_softmax"] == {"DTensor": 1}
+
+
+def test_plain_subclasses_and_modes_run_on_nllx() -> None:
+    class Plain(Tensor):
+        pass
+
+    expected = F.cross_entropy(_x, _t)
+    with nllx.patched():
+        assert_close(F.cross_entropy(_x.as_subclass(Plain), _t).as_subclass(Tensor), expected)
+        with torch.device("cpu"):
+            assert_close(F.cross_entropy(torch.nn.Parameter(_x), _t), expected)
+    assert nllx.patch_report()["cross_entropy"] == {"nllx": 2}
+
+
+def test_blocks_inside_of_blocks_and_exceptions() -> None:
+    with nllx.patched():
+        with nllx.patched():
+            pass
+        assert not _is_torchs()
+    assert _is_torchs()
+    nllx.patch()
+    nllx.patch()
+    with nllx.patched():
+        nllx.unpatch()
+        assert not _is_torchs()
+    assert _is_torchs()
+    with pytest.raises(IndexError), nllx.patched():
+        F.cross_entropy(_x, _t + 4)
+    assert _is_torchs()
+
+    @nllx.patched()
+    def decorated() -> bool:
+        return _is_torchs()
+
+    assert not decorated()
+    assert not decorated()
+    assert _is_torchs()
+
+
+def test_many_threads() -> None:
+    """Each in its own block; the functions are torch's again after the last one, and every call is counted."""
+    start = threading.Barrier(8)
+    expected = [*_gradient(_CALLS["cross_entropy"])[:2]]
+
+    def work(_: int) -> None:
+        start.wait()
+        for _ in range(50):
+            with nllx.patched():
+                assert_close([*_gradient(_CALLS["cross_entropy"])[:2]], expected)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert _is_torchs()
+    assert nllx.patch_report()["cross_entropy"] == {"nllx": 400}
+
+
+def test_somebody_elses_patch_survives() -> None:
+    original, calls = F.cross_entropy, []
+    try:
+        nllx.patch()
+        ours = F.cross_entropy
+
+        @functools.wraps(ours)
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append("wrapped")
+            return ours(*args, **kwargs)
+
+        F.cross_entropy = wrapped
+        nllx.unpatch()
+        assert F.cross_entropy is wrapped
+        assert "nllx" not in _gradient(lambda x: F.cross_entropy(x, _t))[2].lower()
+        assert calls == ["wrapped"]
+    finally:
+        F.cross_entropy = original
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    criterion = torch.nn.CrossEntropyLoss(_w)
+
+    def loss(x: Tensor) -> Tensor:
+        return criterion(x, _t) + F.nll_loss(F.log_softmax(x, 1), _t)
+
+    names: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=dynamic)
+    expected = _gradient(loss)[:2]
+    with nllx.patched():
+        assert_close(_gradient(compiled)[:2], expected)
+        assert sum("nllx" in name for name in names) == 3
+        names.clear()
+    assert_close(_gradient(compiled)[:2], expected)  # torch's again: another graph
+    assert names
+    assert not any("nllx" in name for name in names)
+
+
+def test_checkpoint_recomputes_with_the_same_loss() -> None:
+    criterion = torch.nn.CrossEntropyLoss()
+    expected = _gradient(lambda x: criterion(x * 2, _t))[1]
+    with nllx.patched():
+        for reentrant in (False, True):
+            leaf = _x.clone().requires_grad_()
+            value = torch.utils.checkpoint.checkpoint(lambda x: criterion(x * 2, _t), leaf, use_reentrant=reentrant)
+            value.backward()
+            assert_close(leaf.grad, expected)
+    assert nllx.patch_report()["cross_entropy"] == {"nllx": 4}
+
+
+def test_implicit_dimension_warns_where_it_is_called() -> None:
+    with nllx.patched(), pytest.warns(UserWarning, match="Implicit dimension") as seen:
+        F.log_softmax(_x)
+    assert seen[0].filename == __file__
+
+
+class _Own(torch.nn.CrossEntropyLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().forward(input, target)
+
+
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LogSoftmax(1))
+            self.likelihood = torch.nn.NLLLoss(_w.clone(), ignore_index=3)
+            self.entropy = torch.nn.CrossEntropyLoss(_w.clone(), label_smoothing=0.1, reduction="sum")
+            self.own = _Own()
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.likelihood(x, target) + self.entropy(x, target) + self.own(x, target)
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    plain = copy.deepcopy(net)
+    calls: list[Any] = []
+    net.entropy.register_forward_hook(lambda module, args, output: calls.append(module))
+    entropy, state = net.entropy, {name: value.clone() for name, value in net.state_dict().items()}
+    assert nllx.convert(net) is net
+    assert net.entropy is entropy
+    assert [type(m) for m in (net.body[1], net.likelihood, net.entropy, net.own)] == [
+        nllx.LogSoftmax,
+        nllx.NLLLoss,
+        nllx.CrossEntropyLoss,
+        _Own,
+    ]
+    assert (net.entropy.label_smoothing, net.entropy.reduction, net.likelihood.ignore_index) == (0.1, "sum", 3)
+    assert not net.entropy.training
+    assert_close(dict(net.state_dict()), state)
+    assert_close(_gradient(lambda x: net(x, _t))[:2], _gradient(lambda x: plain(x, _t))[:2])
+    assert calls == [entropy]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["body.1", "likelihood", "entropy"]
+    assert nllx.convert(net, verbose=False) is net
+    assert type(nllx.convert(torch.nn.NLLLoss())) is nllx.NLLLoss
+    assert "the module itself" in capsys.readouterr().out
+    assert_close(copy.deepcopy(net)(_x, _t), plain(_x, _t))
