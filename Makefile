@@ -9,12 +9,13 @@ workers := -n auto --maxprocesses 4
 
 cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
+.PHONY: help demo test examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
 
 help:
 	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
 	@echo "make test        run the tests (ARGS='-k word' is passed to pytest)"
 	@echo "make build       build the extension in place"
+	@echo "make examples    run every file of examples/"
 	@echo "make bench       time nllx against torch (ARGS is passed on)"
 	@echo "make lint        clang-format, ruff and mypy"
 	@echo "make format      let clang-format and ruff rewrite the sources"
@@ -28,6 +29,11 @@ demo: build
 
 test: build
 	@$(run) -m pytest $(workers) $(ARGS)
+
+examples: build
+	@for example in $(filter-out examples/show.py,$(wildcard examples/*.py)); do \
+		echo "== $$example" && . build/environment.sh && PYTHONPATH=. python $$example || exit 1; \
+	done
 
 bench: build
 	@$(run) -m benchmarks --quick $(ARGS)

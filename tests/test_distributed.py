@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,8 +78,10 @@ def _wrap(kind: str, net: torch.nn.Sequential) -> torch.nn.Module:
 def _train_together(rank: int, kind: str, parts: int, results: Path) -> None:
     """A process of two: its half of each batch in `parts` steps of accumulated gradients, divided by the weights of all."""
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
     store = torch.distributed.FileStore(str(results / "store"), _PROCESSES)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=_PROCESSES)
+    minute = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=_PROCESSES, timeout=minute)
     try:
         model, loss = _wrap(kind, _net()), _sum(nllx)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)

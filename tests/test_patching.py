@@ -121,7 +121,8 @@ def test_what_nllx_does_not_take_goes_to_torch(reason: str, call: Callable[[], A
         assert _Handles.seen[0] is _TORCH["cross_entropy"]
 
 
-def test_sharded_tensors_go_to_torch(tmp_path: Path) -> None:
+def test_sharded_tensors_go_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
