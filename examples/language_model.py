@@ -18,7 +18,7 @@ from show import DEVICE, curve, progress, synchronize, table
 
 import nllx
 
-VOCABULARY, WIDTH, SEQUENCES, LENGTH, STEPS = 32000, 64, 12, 64, 10
+VOCABULARY, WIDTH, SEQUENCES, LENGTH, STEPS = 32000, 64, 12, 64, 8
 LOSSES = {
     "torch": torch.nn.CrossEntropyLoss(ignore_index=-1),
     "nllx": nllx.CrossEntropyLoss(ignore_index=-1),

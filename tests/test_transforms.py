@@ -77,7 +77,8 @@ def _check(transform: Transform, op: str, shape: str, device: str, record_proper
 
     def run(functional: Any, **fields: Any) -> Any:
         torch.manual_seed(0)
-        return transform.run(Subject(dataclasses.replace(case, **fields), functional, device, input_only))
+        make = transform.run if functional is nllx.functional else transform.eager or transform.run
+        return make(Subject(dataclasses.replace(case, **fields), functional, device, input_only))
 
     record_property("transform", transform.name)
     record_property("op", op)
