@@ -26,6 +26,8 @@ _lock = threading.RLock()
 _always = False  # patch() without unpatch()
 _entered = 0  # how many patched() are under way, in all threads
 _originals: dict[str, Callable[..., Tensor]] = {}  # what was there before
+_installed: set[str] = set()  # what stands in torch.nn.functional, or did when somebody wrapped it
+_wrappers: dict[str, Callable[..., Tensor]] = {}  # what they put there
 _counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in _NAMES}
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -139,14 +141,27 @@ for _name, _replacement in _REPLACEMENTS.items():
 
 
 def _update() -> None:
-    """Puts the functions of torch.nn.functional where they belong; called with the lock."""
+    """Puts the functions of torch.nn.functional where they belong; called with the lock.
+
+    Somebody may have wrapped ours. The wrapper stays, as its owner will want to take it away himself; ours, which it calls,
+    goes on or steps aside. To wrap the wrapper would be a circle.
+    """
     for name, replacement in _REPLACEMENTS.items():
         current = getattr(_torch, name)
-        if _is_on() and current is not replacement:
-            _originals[name] = current
-            setattr(_torch, name, replacement)
-        elif not _is_on() and current is replacement:  # if it is another one, somebody wrapped ours, which steps aside
-            setattr(_torch, name, _originals[name])
+        if _is_on():
+            if current is not replacement and current is not _wrappers.get(name):
+                if name in _installed and current is not _originals[name]:
+                    _wrappers[name] = current
+                else:
+                    _originals[name] = current
+                    setattr(_torch, name, replacement)
+            _installed.add(name)
+        elif name in _installed:
+            if current is replacement:
+                setattr(_torch, name, _originals[name])
+            elif current is not _originals[name]:
+                _wrappers[name] = current
+            _installed.discard(name)
 
 
 def patch() -> None:

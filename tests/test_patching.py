@@ -206,8 +206,25 @@ def test_somebody_elses_patch_survives() -> None:
         assert F.cross_entropy is wrapped
         assert "nllx" not in _gradient(lambda x: F.cross_entropy(x, _t))[2].lower()
         assert calls == ["wrapped"]
+        with nllx.patched():  # on again, underneath the wrapper
+            nllx.patch()
+            assert F.cross_entropy is wrapped
+            assert "nllx" in _gradient(lambda x: F.cross_entropy(x, _t))[2].lower()
+            F.cross_entropy(_x, _t, label_smoothing=-0.5)  # torch's, not in a circle
+        nllx.unpatch()
+        F.cross_entropy = original  # the owner takes it away
+        with nllx.patched():
+            assert F.cross_entropy is ours
+        assert F.cross_entropy is original
     finally:
         F.cross_entropy = original
+
+
+def test_somebody_puts_torchs_function_back() -> None:
+    nllx.patch()
+    F.cross_entropy = _TORCH["cross_entropy"]
+    nllx.patch()
+    assert F.cross_entropy is not _TORCH["cross_entropy"]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
