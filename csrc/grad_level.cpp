@@ -187,7 +187,7 @@ void differentiate_level(const std::string& name, const pybind11::tuple& values,
     differentiable |= tensors.emplace_back(arguments[i].toTensor()).requires_grad();
   }
   if (!differentiable || !at::GradMode::is_enabled()) return;
-  if (of.gradient && arguments.size() > 2) {
+  if (of.gradient && arguments.size() > 2) {  // the forward of a loss: of input, target, weight
     check_weight_gradient(of.name.c_str(), arguments[1].toTensor(), optional_tensor(arguments[2]));
   }
   std::vector<Tensor> plain, results;

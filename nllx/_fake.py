@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.float64, *HALF)  # what has kernels
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NONE, MEAN, SUM, MEAN_OR_ZERO = range(4)  # the operators' reductions
 _SCALAR_TYPES = {
@@ -98,7 +99,7 @@ def check_arguments(
 
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """Raises for a dtype that has no kernel."""
-    if dtype not in (torch.float32, torch.float64, *HALF):
+    if dtype not in FLOATING:
         raise NotImplementedError(f"\"{op}\" not implemented for '{_name(dtype)}'")
 
 

@@ -159,7 +159,9 @@ def _incoming(
     return samples.each(grad_output / _leading(total_weight, weight_dim, samples.size), 0)
 
 
-# Batching rules: (info, in_dims, *arguments) of a Function's vmap. A weight for each sample has no kernel: the definition.
+# Batching rules: from the number of samples, the dimension of each argument that holds them (None: it is shared) and the
+# arguments, to the results and the dimension that holds the samples; None where there is no kernel (a weight for each
+# sample), which leaves the definition.
 
 
 def _cross_entropy_forward_vmap(size: int, dims: _Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Any] | None:
@@ -389,6 +391,7 @@ def _register(
     batched: Callable[..., Any],
     check: Callable[..., None] | None = None,
 ) -> None:
+    """Registers the operator under transforms, and the gradients that csrc/grad_level.cpp asks for."""
     key = "FuncTorchDynamicLayerFrontMode"
     definition = getattr(_reference, name)
     library.impl(name, _transform(name, definition, tensors, batched, check), key)

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from nllx import _C, functional, modules
+from nllx._fake import FLOATING
 
 __all__ = ["convert", "patch", "patch_report", "patched", "unpatch"]
 
 _torch = torch.nn.functional
 _NAMES = ("cross_entropy", "nll_loss", "log_softmax")
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_DEVICES = ("cpu", "cuda", "meta")
+_WITH_CUDA = bool(_C.build_info()["cuda"])
 
 _lock = threading.RLock()
 _always = False  # patch() without unpatch()
@@ -58,11 +60,11 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
     if input.layout != torch.strided:
         return f"layout {input.layout}"
     dtype = dtype or input.dtype
-    if dtype not in _FLOATING:
+    if dtype not in FLOATING:
         return f"dtype {dtype}"
-    if input.device.type not in ("cpu", "cuda", "meta"):
+    if input.device.type not in _DEVICES:
         return f"device {input.device.type}"
-    if input.device.type == "cuda" and not _C.build_info()["cuda"]:
+    if input.device.type == "cuda" and not _WITH_CUDA:
         return "nllx was built without CUDA"
     if any(isinstance(t, Tensor) and t.is_complex() for t in others):
         return "complex target or weight"
@@ -71,6 +73,8 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
 
 def _run(name: str, reason: str | None, tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor:
     """Calls torch's function for a reason, or nllx's, and counts it: in eager mode, since a compiler sees a call once."""
+    if not _is_on():  # somebody kept the replacement, or wrapped it
+        return _originals[name](*arguments)
     if not torch.compiler.is_compiling():
         with _lock:
             _counts[name]["nllx" if reason is None else reason] += 1
@@ -98,8 +102,6 @@ def _cross_entropy(
 ) -> Tensor:
     """:func:`torch.nn.functional.cross_entropy`, by nllx where it can."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if not _is_on():  # called by someone who kept it
-        return _originals["cross_entropy"](*arguments)
     reason = _why_torch(input, None, target, weight)
     if reason is None and isinstance(label_smoothing, float) and not label_smoothing >= 0:
         reason = "label_smoothing below 0"
@@ -117,8 +119,6 @@ def _nll_loss(
 ) -> Tensor:
     """:func:`torch.nn.functional.nll_loss`, by nllx where it can."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction)
-    if not _is_on():
-        return _originals["nll_loss"](*arguments)
     return _run("nll_loss", _why_torch(input, None, target, weight), (input, target, weight), arguments)
 
 
@@ -126,8 +126,6 @@ def _log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
     """:func:`torch.nn.functional.log_softmax`, by nllx where it can."""
-    if not _is_on():
-        return _originals["log_softmax"](input, dim, _stacklevel + 1, dtype)
     return _run("log_softmax", _why_torch(input, dtype), (input,), (input, dim, _stacklevel + 2, dtype))
 
 

@@ -22,8 +22,9 @@ TOP = """# What torch does to a loss, and what comes out
 Each cell is a set of tests: a transform of a loss of nllx gave, by value, what the same transform of torch's loss gave
 (`tests/test_transforms.py`; the transforms are defined in `tests/transforms.py`). *ok* is that for every layout: rows,
 transposed rows, planes, channels last and one sample, with class weights, ignored targets and label smoothing, under all
-three reductions. Where torch's own loss raises, nllx is compared with the same loss in another layout or written out in
-torch's operations, and a note tells what torch says.
+three reductions; transforms that compile are run on rows and planes, and the two that build machine code (every mode of
+`compile`, AOTInductor) on rows, against torch's loss in eager mode. Where torch's own loss raises, nllx is compared with
+the same loss in another layout or written out in torch's operations, and a note tells what torch says.
 
 This page is made from the results of the tests (`tools/transforms_page.py`), and CI compares them with it.
 """
