@@ -5,15 +5,17 @@ ENVIRONMENT := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),
 setup := sh tools/setup_environment.sh "$(ENVIRONMENT)"
 run := . build/environment.sh && python
 # Tests hold a core each; every process of more takes a gigabyte.
-workers := -n auto --maxprocesses 4
+# A test that waits for ever ends its process, with the stack of every thread, and not the whole run: ten times the slowest.
+workers := -n auto --maxprocesses 4 --timeout 600 --timeout-method thread
 
 cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
+.PHONY: help demo test integrations examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
 
 help:
 	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
 	@echo "make test        run the tests (ARGS='-k word' is passed to pytest)"
+	@echo "make integrations  train models of transformers, Lightning, timm and others with torch's losses and nllx's"
 	@echo "make build       build the extension in place"
 	@echo "make examples    run every file of examples/"
 	@echo "make bench       time nllx against torch (ARGS is passed on)"
@@ -30,7 +32,12 @@ demo: build
 test: build
 	@$(run) -m pytest $(workers) $(ARGS)
 
+integrations: build
+	@$(setup) dev integrations
+	@$(run) -m pytest tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
+
 examples: build
+	@$(setup) dev examples
 	@for example in $(filter-out examples/show.py,$(wildcard examples/*.py)); do \
 		echo "== $$example" && . build/environment.sh && PYTHONPATH=. python $$example || exit 1; \
 	done

@@ -28,14 +28,8 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, (3 * tokens % 61).masked_fill(padded, PADDING)
 
 
-def train(rank: int, processes: int, folder: str) -> None:
-    """One process of `processes`; saves the loss of each step."""
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= processes
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the processes are on one machine
-    store = torch.distributed.FileStore(f"{folder}/store-{processes}", processes)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=processes)
+def train(rank: int, processes: int, device: torch.device) -> list[float]:
+    """The loss of each step, of the whole batch."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, 32), torch.nn.Linear(32, VOCABULARY)).to(device)
     model = DistributedDataParallel(net)
@@ -44,14 +38,11 @@ def train(rank: int, processes: int, folder: str) -> None:
     losses = []
     for step in range(STEPS):
         tokens, target = (t.to(device) for t in batch(step))
-        count = (
-            target != PADDING
-        ).sum()  # of the whole batch; torch.distributed.all_reduce it where no process has it all
+        # Of the whole batch; torch.distributed.all_reduce it where no process has it all.
+        count = (target != PADDING).sum()
         total = torch.zeros((), device=device)
-        mine = list(
-            zip(tokens.chunk(processes)[rank].chunk(PARTS), target.chunk(processes)[rank].chunk(PARTS), strict=True)
-        )
-        for number, (x, y) in enumerate(mine, 1):
+        mine = (t.chunk(processes)[rank].chunk(PARTS) for t in (tokens, target))
+        for number, (x, y) in enumerate(zip(*mine, strict=True), 1):
             model.require_backward_grad_sync = number == PARTS  # gradients are exchanged once for all parts
             loss = criterion(model(x), y) / count
             (loss * processes).backward()  # DistributedDataParallel takes the mean over processes
@@ -60,16 +51,29 @@ def train(rank: int, processes: int, folder: str) -> None:
         optimizer.zero_grad()
         torch.distributed.all_reduce(total)
         losses.append(total.item())
+    return losses
+
+
+def process(rank: int, processes: int, folder: str) -> None:
+    """One process of `processes`; the first saves the loss of each step."""
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= processes
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the processes are on one machine
+    store = torch.distributed.FileStore(f"{folder}/store-{processes}", processes)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=processes)
+    losses = train(rank, processes, device)
     if rank == 0:
         torch.save(losses, f"{folder}/losses-{processes}.pt")
     torch.distributed.barrier()
+    # After the model is gone: one that outlives its group ends it in a destructor that can wait for ever (torch 2.13).
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for processes in (1, PROCESSES):
-            torch.multiprocessing.spawn(train, (processes, folder), nprocs=processes)
+            torch.multiprocessing.spawn(process, (processes, folder), nprocs=processes)
         alone, together = (torch.load(f"{folder}/losses-{processes}.pt") for processes in (1, PROCESSES))
     curve(alone, "one process")
     curve(together, f"{PROCESSES} processes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,33 +76,52 @@ def _wrap(kind: str, net: torch.nn.Sequential) -> torch.nn.Module:
     return fully_shard(net, mesh=mesh, mp_policy=policy)
 
 
-def _train_together(rank: int, kind: str, parts: int, results: Path) -> None:
+def _train_on(rank: int, kind: str, parts: int) -> list[float]:
     """A process of two: its half of each batch in `parts` steps of accumulated gradients, divided by the weights of all."""
+    model, loss = _wrap(kind, _net()), _sum(nllx)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    losses = []
+    for x, target in _batches():
+        optimizer.zero_grad()
+        divisor, total = _weights(target), torch.zeros([])
+        half = slice(rank * 6, rank * 6 + 6)
+        for part_x, part_target in zip(x[half].chunk(parts), target[half].chunk(parts), strict=True):
+            logits = checkpoint(model, part_x, use_reentrant=False) if kind == "ddp" else model(part_x)
+            value = loss(logits, part_target) / divisor
+            (value * _PROCESSES).backward()  # the wrappers average the gradients of the processes
+            total += value.detach()
+        optimizer.step()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def _train_together(rank: int, kind: str, parts: int, results: Path) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
     store = torch.distributed.FileStore(str(results / "store"), _PROCESSES)
     minute = datetime.timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=_PROCESSES, timeout=minute)
     try:
-        model, loss = _wrap(kind, _net()), _sum(nllx)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-        losses = []
-        for x, target in _batches():
-            optimizer.zero_grad()
-            divisor, total = _weights(target), torch.zeros([])
-            half = slice(rank * 6, rank * 6 + 6)
-            for part_x, part_target in zip(x[half].chunk(parts), target[half].chunk(parts), strict=True):
-                logits = checkpoint(model, part_x, use_reentrant=False) if kind == "ddp" else model(part_x)
-                value = loss(logits, part_target) / divisor
-                (value * _PROCESSES).backward()  # the wrappers average the gradients of the processes
-                total += value.detach()
-            optimizer.step()
-            torch.distributed.all_reduce(total)
-            losses.append(total.item())
+        losses = _train_on(rank, kind, parts)
         torch.distributed.barrier()
         torch.save(losses, results / f"{rank}.pt")
     finally:
+        # The model is gone by now. One that outlives its group takes the group down itself, in a destructor that holds
+        # the GIL and joins gloo's threads, one of which may be waiting for the GIL (seen with torch 2.13).
         torch.distributed.destroy_process_group()
+
+
+def _spawn(*arguments: Any) -> None:
+    """torch.multiprocessing.spawn with a limit: processes that wait for each other for ever are ended, and the test fails."""
+    context = torch.multiprocessing.spawn(_train_together, arguments, nprocs=_PROCESSES, join=False)
+    end = time.monotonic() + 180
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, "the processes did not end"
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -109,7 +129,7 @@ def _train_together(rank: int, kind: str, parts: int, results: Path) -> None:
 def test_two_processes_train_as_one(kind: str, parts: int, tmp_path: Path) -> None:
     expected = _train_alone(_sum(torch.nn))
     assert_close(_train_alone(_sum(nllx)), expected)
-    torch.multiprocessing.spawn(_train_together, (kind, parts, tmp_path), nprocs=_PROCESSES)
+    _spawn(kind, parts, tmp_path)
     tolerance = {"rtol": 0.02, "atol": 0.02} if "bfloat16" in kind else {}
     for rank in range(_PROCESSES):
         assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, **tolerance)

@@ -6,6 +6,7 @@
 #   build    the whole extension against torch's CUDA build, in .venv-cuda and a copy of the tree: compiled, linked,
 #            imported, and the CPU tests run there (a second version of torch); with less than 20 GB of disk free, and
 #            none of it installed, the sources are compiled against the headers of the CPU build of torch, and not linked
+#   integrations  after build, there: other libraries' models train with nllx's losses (tests/integrations)
 #   kernels  registers, spills and 16-byte accesses of every kernel in its machine code for every architecture
 #   on-cpu   the kernels' logic on the CPU
 #
@@ -19,7 +20,7 @@ NEEDED_GB=20
 environment=$PWD/.venv-cuda
 tree=$PWD/build/cuda-tree
 results=$PWD/build/tests-cuda-build.xml
-workers='-n auto --maxprocesses 4'
+workers='-n auto --maxprocesses 4 --timeout 600 --timeout-method thread'
 
 find_nvcc() {
     if [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then return; fi
@@ -72,6 +73,19 @@ assert info["cuda"] == torch.version.cuda, info'
     )
 }
 
+# In that environment because torchvision, which some of the libraries need, has no build for every build of torch.
+run_integrations() {
+    if [ ! -e "$tree/build/extension.stamp" ]; then
+        echo "Not run: there is no CUDA build (stage build)."
+        return
+    fi
+    (
+        export VIRTUAL_ENV=$environment TORCH=$TORCH_WITH_CUDA NLLX_WITHOUT_CUDA=0 MAX_JOBS=${MAX_JOBS:-2}
+        unset CC CXX
+        make -C "$tree" integrations
+    )
+}
+
 run_kernels() {
     find_cuobjdump
     python tools/check_cuda_kernels.py
@@ -86,6 +100,7 @@ find_nvcc
 for stage in "$@"; do
     case $stage in
     build) run_build ;;
+    integrations) run_integrations ;;
     kernels) run_kernels ;;
     on-cpu) run_on_cpu ;;
     *) echo "cuda_check.sh: no stage '$stage' (build, kernels, on-cpu)" >&2 && exit 2 ;;

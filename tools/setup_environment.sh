@@ -114,12 +114,16 @@ elif [ -z "$torch" ] || older "${torch%% *}" $MINIMUM_TORCH; then
 fi
 torch=$(describe_torch)
 
-# What was installed is remembered as the text of the requirement files.
+# What was installed is remembered as the text of the requirement files. What others require never changes torch, for which
+# the extension is built; torchvision comes in the version that fits it.
 mkdir -p "$environment/nllx-requirements" build
+constraints=$environment/nllx-requirements/constraints
+torch_version=${torch%% *}
+echo "torch==${torch_version%%+*}" >"$constraints"
 for group in "$@"; do
     stamp=$environment/nllx-requirements/$group.txt
     if ! cat requirements/*.txt | cmp -s - "$stamp"; then
-        pip_install "requirements/$group.txt" -r "requirements/$group.txt"
+        pip_install "requirements/$group.txt" -c "$constraints" -r "requirements/$group.txt"
         cat requirements/*.txt >"$stamp"
     fi
 done

@@ -1,0 +1,79 @@
+"""The same training twice, with torch's losses and with nllx's, and the comparison of the two."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import nllx
+
+
+class Run(NamedTuple):
+    losses: list[Tensor]
+    gradients: list[dict[str, Tensor]]  # of every parameter, step by step
+    calls: dict[str, dict[str, int]]  # nllx.patch_report()
+
+
+def train(
+    build: Callable[[], torch.nn.Module],
+    loss: Callable[[torch.nn.Module, Any], Tensor],
+    batches: Iterable[Any],
+    *,
+    patched: bool,
+    rate: float = 0.05,
+) -> Run:
+    """A step of gradient descent for each batch, from the same seed: dropout and initial weights are those of the other run."""
+    torch.manual_seed(0)
+    model = build().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    nllx.patch_report(reset=True)
+    losses, gradients = [], []
+    with nllx.patched() if patched else contextlib.nullcontext():
+        for batch in batches:
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            value.backward()
+            losses.append(value.detach())
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            optimizer.step()
+    return Run(losses, gradients, nllx.patch_report(reset=True))
+
+
+def assert_trains_alike(
+    build: Callable[[], torch.nn.Module],
+    loss: Callable[[torch.nn.Module, Any], Tensor],
+    batches: list[Any],
+    function: str = "cross_entropy",
+    **options: Any,
+) -> tuple[Run, Run]:
+    """Losses and gradients of every step are torch's; every call of the patched function, one a step or more, ran in nllx."""
+    torchs = train(build, loss, batches, patched=False, **options)
+    nllxs = train(build, loss, batches, patched=True, **options)
+    assert torchs.calls == {name: {} for name in torchs.calls}
+    assert nllxs.calls[function].keys() == {"nllx"}, nllxs.calls
+    assert nllxs.calls[function]["nllx"] >= len(batches)
+    assert_runs_alike(nllxs, torchs)
+    return torchs, nllxs
+
+
+def assert_runs_alike(actual: Run, expected: Run) -> None:
+    """Rounding differs from the first step on and is amplified by every later one, hence the tolerance."""
+    assert_close(torch.stack(actual.losses), torch.stack(expected.losses), rtol=2e-5, atol=2e-5)
+    assert len({value.item() for value in expected.losses}) == len(expected.losses), "the training changes the loss"
+    for step, (a, b) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
+        assert a.keys() == b.keys()
+        assert any(value.abs().max() > 1e-4 for value in b.values())
+        for name in a:
+            scale = b[name].abs().max().item()
+            assert_close(
+                a[name],
+                b[name],
+                rtol=1e-3,
+                atol=1e-4 * scale + 1e-6,
+                msg=lambda m, n=name, s=step: f"{n}, step {s}: {m}",
+            )
