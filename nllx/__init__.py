@@ -9,6 +9,7 @@ _load()
 
 from nllx import functional  # noqa: E402  (needs the operators that _load registers)
 from nllx._errors import check_errors  # noqa: E402
+from nllx.debugging import set_debug  # noqa: E402
 from nllx.modules import CrossEntropyLoss, LogSoftmax, NLLLoss  # noqa: E402
 from nllx.patching import convert, patch, patch_report, patched, unpatch  # noqa: E402
 from nllx.version import __version__  # noqa: E402
@@ -24,5 +25,6 @@ __all__ = [
     "patch",
     "patch_report",
     "patched",
+    "set_debug",
     "unpatch",
 ]

@@ -110,6 +110,9 @@ def _train_together(rank: int, kind: str, parts: int, results: Path) -> None:
         # The model is gone by now. One that outlives its group takes the group down itself, in a destructor that holds
         # the GIL and joins gloo's threads, one of which may be waiting for the GIL (seen with torch 2.13).
         torch.distributed.destroy_process_group()
+    # Without the end of the interpreter, at which FSDP2's groups still live and torch may abort ("terminate called without
+    # an active exception": a thread of gloo's asks for the GIL then).
+    os._exit(0)
 
 
 def _spawn(*arguments: Any) -> None:

@@ -33,7 +33,7 @@ def test_code_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None
     assert printed == promised
 
 
-@pytest.mark.parametrize("name", ["functional", "modules", "patching"])
+@pytest.mark.parametrize("name", ["debugging", "functional", "modules", "patching"])
 def test_doctests(name: str) -> None:
     module = importlib.import_module(f"nllx.{name}")
     nllx.patch_report(reset=True)
