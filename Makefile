@@ -10,12 +10,13 @@ workers := -n auto --maxprocesses 4 --timeout 600 --timeout-method thread
 
 cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test integrations examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
+.PHONY: help demo test integrations docs examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
 
 help:
 	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
 	@echo "make test        run the tests (ARGS='-k word' is passed to pytest)"
-	@echo "make integrations  train models of transformers, Lightning, timm and others with torch's losses and nllx's"
+	@echo "make integrations train models of transformers, Lightning, timm and others with torch's losses and nllx's"
+	@echo "make docs        build the documentation as a site, into build/docs"
 	@echo "make build       build the extension in place"
 	@echo "make examples    run every file of examples/"
 	@echo "make bench       time nllx against torch (ARGS is passed on)"
@@ -35,6 +36,11 @@ test: build
 integrations: build
 	@$(setup) dev integrations
 	@$(run) -m pytest tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
+
+docs: build
+	@$(setup) dev docs
+	@$(run) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "The documentation is at build/docs/index.html"
 
 examples: build
 	@$(setup) dev examples

@@ -54,9 +54,12 @@ void check_index_target_shape(const LossArguments& a) {
       input.dim() != 4 || target.dim() == 3, a.op,
       ": only batches of spatial targets supported (3D tensors) but got targets of dimension: ", number(target.dim()),
       ". ", a.input_name, " of shape ", list(input.sizes()), " takes class indices of shape ", list(expected));
+  const bool last = target.sizes() == input.sizes().slice(0, input.dim() - 1);
   TORCH_CHECK(false, a.op, ": size mismatch (got input: ", list(input.sizes()), " , target: ", list(target.sizes()),
               "). Expected target size ", list(expected), ", got ", list(target.sizes()),
-              "; the classes are dimension 1 of ", a.input_name);
+              "; the classes are dimension 1 of ", a.input_name,
+              last ? ": they seem to be last here, so call " : "", last ? a.input_name : "",
+              last ? ".movedim(-1, 1)" : "");
 }
 
 void check_weight(const LossArguments& a, bool probabilities) {

@@ -168,6 +168,12 @@ def cross_entropy(
         RuntimeError: another shape, dtype, device or option does not fit.
         TypeError: an argument has another Python type.
         NotImplementedError: ``input`` is not floating point.
+
+    Cost:
+        For logits of :math:`L` bytes the forward reads :math:`L` and saves two numbers per row, and the logits themselves; the
+        backward reads :math:`L` and writes :math:`L`, the gradient, which is all the memory that is added (with
+        ``inplace_backward`` none is). Probabilities are read along with the logits, in either pass. The log-sum-exp is found
+        in one pass as in Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
     if has_torch_function_variadic(input, target, weight):
         _refuse_nested("cross_entropy", input)
@@ -233,6 +239,10 @@ def cross_entropy_value_and_grad(
     Raises:
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`; ValueError for
             reduction ``"none"``. A class index out of range raises before anything is written (not on a GPU).
+
+    Cost:
+        On a CPU the logits are read from memory once and the gradient is written once, :math:`2 L` bytes; into ``out`` no
+        memory is added.
     """
     tensors = (logits, target, weight, out)
     if has_torch_function_variadic(*tensors):
@@ -294,6 +304,9 @@ def nll_loss(
 
     Raises:
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`.
+
+    Cost:
+        The forward reads one number of each row; the backward writes the gradient, of the size of ``input``, in one pass.
     """
     if has_torch_function_variadic(input, target, weight):
         _refuse_nested("nll_loss", input)
@@ -344,6 +357,10 @@ def log_softmax(
     Raises:
         IndexError: ``dim`` is out of range.
         NotImplementedError: the dtype that is computed in is not floating point.
+
+    Cost:
+        For an input of :math:`L` bytes the forward reads and writes :math:`L`; it saves its output. The backward reads
+        :math:`2 L` and writes :math:`L`.
     """
     if has_torch_function_unary(input):
         if isinstance(input, Tensor) and input.is_nested and dim is not None:

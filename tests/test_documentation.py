@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -31,6 +32,41 @@ def test_code_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None
     promised = re.findall(r"^print\(.*\)  # (.*?\}|.*?)(?:: .*)?$", block, re.MULTILINE)
     printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("nllx.convert: ")]
     assert printed == promised
+
+
+_WITH_EXAMPLES = [page for page in PAGES if "```pycon\n" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", _WITH_EXAMPLES, ids=lambda page: page.name)
+def test_interactive_examples(page: Path) -> None:
+    """All of a page in one session, from top to bottom."""
+    blocks = re.findall(r"^```pycon\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)
+    assert len(test.examples) > 10
+    results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+    assert results.failed == 0
+
+
+def test_figures_are_those_of_the_records() -> None:
+    """Tables of ratios behind a comment that names the record and the providers, forward and forward + backward."""
+    found = re.findall(
+        r"<!-- figures: (\S+) (.*?) -->\n\n\|.*\n\|.*\n((?:\|.*\n)+)", (ROOT / "docs/start.md").read_text()
+    )
+    assert len(found) == 2
+    for path, providers, table in found:
+        rows = json.loads((ROOT / path).read_text())["rows"]
+        dtype = rows[0]["dtype"]
+        ratios = {
+            (r["case"], r["mode"], r["provider"]): r["ratio"]["nllx"]
+            for r in rows
+            if r["dtype"] == dtype and "nllx" in r["ratio"]
+        }
+        for line in table.splitlines():
+            case, *cells = (cell.strip(" `") for cell in line.strip("|").split("|"))
+            modes = ("forward", "forward+backward")
+            assert cells == [
+                f"{ratios[case, mode, provider]['median']:.1f} ×" for mode in modes for provider in providers.split()
+            ], case
 
 
 @pytest.mark.parametrize("name", ["debugging", "functional", "modules", "patching"])

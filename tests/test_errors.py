@@ -394,3 +394,14 @@ def test_modules_raise_at_the_call() -> None:
             package.CrossEntropyLoss(reduction="avg")(x, t)
         with pytest.raises(RuntimeError, match=r"label_smoothing must be between"):
             package.CrossEntropyLoss(label_smoothing=2.0)(x, t)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 4, 4, 3)])
+def test_classes_that_are_last(shape: tuple[int, ...]) -> None:
+    """The message knows the way out, which works."""
+    logits, target = torch.zeros(shape), torch.zeros(shape[:-1], dtype=torch.long)
+    with pytest.raises(RuntimeError, match=r"seem to be last here, so call logits\.movedim\(-1, 1\)"):
+        nllx.functional.cross_entropy(logits, target)
+    nllx.functional.cross_entropy(logits.movedim(-1, 1), target)
+    with pytest.raises(RuntimeError, match=r"the classes are dimension 1 of logits$"):
+        nllx.functional.cross_entropy(logits, target[:, :-1])
