@@ -7,15 +7,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import docutils.nodes
+import latex2mathml.converter
+
 import nllx
 
 project = "nllx"
 release = version = nllx.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = "nllx"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["code.css"]
 
 # $…$ is mathematics, as it is where the pages are shown without Sphinx; links lead to the headings of other pages.
 myst_enable_extensions = ["dollarmath"]
@@ -32,5 +38,17 @@ def _link_files(app: object, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[([^]]+)\]\((\.\./[^)#]+\.md)(?:#[^)]*)?\)", r"{download}`\1 <\2>`", source[0])
 
 
+def _mathml(display: str) -> Any:
+    """Formulas as MathML, which browsers show without a script from elsewhere."""
+
+    def visit(translator: Any, node: Any) -> None:
+        text = node.astext().replace(r"\operatorname", r"\mathrm").replace(r"\log ", r"\log\, ")
+        translator.body.append(latex2mathml.converter.convert(text, display=display))
+        raise docutils.nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", _mathml("inline"), _mathml("block"))
     app.connect("source-read", _link_files)
