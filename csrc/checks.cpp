@@ -57,9 +57,8 @@ void check_index_target_shape(const LossArguments& a) {
   const bool last = target.sizes() == input.sizes().slice(0, input.dim() - 1);
   TORCH_CHECK(false, a.op, ": size mismatch (got input: ", list(input.sizes()), " , target: ", list(target.sizes()),
               "). Expected target size ", list(expected), ", got ", list(target.sizes()),
-              "; the classes are dimension 1 of ", a.input_name,
-              last ? ": they seem to be last here, so call " : "", last ? a.input_name : "",
-              last ? ".movedim(-1, 1)" : "");
+              "; the classes are dimension 1 of ", a.input_name, last ? ": they seem to be last here, so call " : "",
+              last ? a.input_name : "", last ? ".movedim(-1, 1)" : "");
 }
 
 void check_weight(const LossArguments& a, bool probabilities) {
