@@ -137,6 +137,10 @@ case "$*" in
 esac"""
 
 
+CONSTRAINTS = ".venv/nllx-requirements/constraints"
+INSTALLS_DEV = f"-c {CONSTRAINTS} -r requirements/dev.txt"
+
+
 def recorded(machine: Path, torch: str, **variables: str) -> list[str]:
     """What is installed beside a torch that is already there; empty at once if the set-up is run again."""
     (machine / "installed-torch").write_text(torch)
@@ -152,7 +156,8 @@ def recorded(machine: Path, torch: str, **variables: str) -> list[str]:
 
 
 def test_torch_is_kept_unless_too_old(machine: Path) -> None:
-    assert recorded(machine, "2.11.0+cu130 13.0") == ["-r requirements/dev.txt"]
+    assert recorded(machine, "2.11.0+cu130 13.0") == [INSTALLS_DEV]
+    assert (machine / CONSTRAINTS).read_text() == "torch==2.11.0\n"
     assert recorded(machine, "2.20.0+cpu ") == []
     assert recorded(machine, "2.9.1+cpu ") == ["-r requirements/torch.txt"]
     assert recorded(machine, "") == ["-r requirements/torch.txt"]
@@ -161,9 +166,9 @@ def test_torch_is_kept_unless_too_old(machine: Path) -> None:
 
 
 def test_requirements_are_installed_again_when_they_change(machine: Path) -> None:
-    assert recorded(machine, "2.13.0 ") == ["-r requirements/dev.txt"]
+    assert recorded(machine, "2.13.0 ") == [INSTALLS_DEV]
     (machine / "requirements" / "build.txt").write_text("ninja\n")
-    assert recorded(machine, "2.13.0 ") == ["-r requirements/dev.txt"]
+    assert recorded(machine, "2.13.0 ") == [INSTALLS_DEV]
     assert recorded(machine, "2.13.0 ") == []
 
 
