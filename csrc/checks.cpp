@@ -159,7 +159,8 @@ void check_loss_arguments(const LossArguments& a) {
       ": Expected floating point type for target with class probabilities, got ", a.target.scalar_type(),
       ". A target of the shape of ", a.input_name, " (", list(a.input.sizes()),
       ") holds class probabilities; class indices have no class dimension: for one-hot targets call target.argmax(",
-      a.input.dim() > 1 ? "1" : "0", ") or target.to(", a.input_name, ".dtype)");
+      a.input.dim() > 1 ? "1" : "0", ") or target.to(", a.input_name, ".dtype)",
+      a.input.dim() > 1 ? "" : "; one number for each of several rows is for torch.nn.BCEWithLogitsLoss");
   if (a.takes_probabilities) {  // torch's exception types: its log_softmax comes first there
     TORCH_CHECK_INDEX(a.input.dim() > 0, a.op, ": Dimension out of range: ", a.input_name,
                       " has no dimension, expected (C), (N, C) or (N, C, d1, ..., dk)");
@@ -181,7 +182,7 @@ void check_loss_arguments(const LossArguments& a) {
               ": label_smoothing must be between 0.0 and 1.0. Got: ", number(a.label_smoothing));
   TORCH_CHECK(!probabilities || a.ignore_index < 0, a.op,
               ": ignore_index is not supported for floating point target, got ignore_index=", number(a.ignore_index),
-              "; give the rows to ignore zero probabilities instead");
+              "; give the rows to ignore zero probabilities instead (the mean counts them all the same)");
   check_weight(a, probabilities);
   check_devices(a);
 }

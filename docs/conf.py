@@ -33,9 +33,28 @@ autodoc_typehints = "none"  # the descriptions say what the arguments are
 autodoc_member_order = "bysource"
 
 
-def _link_files(app: object, name: str, source: list[str]) -> None:
-    """Markdown outside of docs/ has no page of its own here: links to it become downloads, as those to other files are."""
-    source[0] = re.sub(r"\[([^]]+)\]\((\.\./[^)#]+\.md)(?:#[^)]*)?\)", r"{download}`\1 <\2>`", source[0])
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _link(match: re.Match[str], folder: Path) -> str:
+    """A link as the site has it: pages to pages, README to its page, other files as downloads, folders as their names."""
+    text, path, anchor = match.groups()
+    file = (folder / path).resolve()
+    if file == _ROOT / "README.md":
+        return f"[{text}](readme.md{anchor or ''})"
+    if file.parent == _ROOT / "docs":
+        return f"[{text}]({file.name}{anchor or ''})"
+    if file.is_dir():
+        return f"`{file.relative_to(_ROOT)}`"
+    return f"{{download}}`{text} <../{file.relative_to(_ROOT)}>`"
+
+
+def _fix_links(app: object, name: str, source: list[str]) -> None:
+    folder = _ROOT / "docs"
+    if name == "readme":
+        folder, source[0] = _ROOT, (_ROOT / "README.md").read_text()
+        source[0] = re.sub(r"!\[([^]]*)\]\(", r"![\1](../", source[0])
+    source[0] = re.sub(r"(?<!!)\[([^]]+)\]\(([^):#]+)(#[^)]*)?\)", lambda match: _link(match, folder), source[0])
 
 
 def _mathml(display: str) -> Any:
@@ -51,4 +70,4 @@ def _mathml(display: str) -> Any:
 
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", _mathml("inline"), _mathml("block"))
-    app.connect("source-read", _link_files)
+    app.connect("source-read", _fix_links)

@@ -1,7 +1,8 @@
 """Segmentation in channels-last, with class weights for classes of few pixels and borders that do not count.
 
-The weighted mean divides by the sum of the weights of the pixels' classes, so that the rare classes count as much as the
-background. `ignore_index=255` leaves out the pixels that nobody labelled. Channels-last logits are read where they lie.
+Weights of one over the frequency make the rare classes count as much as the background; the mean divides by the sum of the
+weights of all pixels that count. `ignore_index=255` leaves out the pixels that nobody labelled. Channels-last logits are read
+where they lie.
 
     python examples/segmentation.py
 """

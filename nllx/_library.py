@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,11 @@ def load() -> None:
         raise ImportError(
             f"nllx is not built: there is no nllx._C for Python {sys.version_info.major}.{sys.version_info.minor}. Run "
             "`make build` in its source tree, or `pip install --no-build-isolation .`"
+            + (
+                "; if you have, leave this folder: Python takes the sources here, and not the installed package"
+                if (Path(__file__).parent.parent / "csrc").is_dir()
+                else ""
+            )
         )
     built = _torch_built_against(spec.origin)
     if built is None or _release(built) != _release(torch.__version__):

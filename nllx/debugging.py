@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,89 +49,107 @@ def _rows(input: Tensor) -> Tensor:
 
 
 def _are_one(sums: Tensor, dtype: torch.dtype, classes: int) -> Tensor:
-    """Which are 1 but for rounding: that of a log-probability is at most half an ulp of it, their mean at most log(classes)."""
-    return (sums - 1).abs() <= 4 * torch.finfo(dtype).eps * max(1.0, math.log(classes)) + 1e-6
+    """Which are 1 but for rounding, to half precision at some time before too. A log-probability is off by half an ulp of it,
+    and they are log(classes) in the mean at most."""
+    return (sums - 1).abs() <= max(0.01, 4 * torch.finfo(dtype).eps * math.log(max(classes, 2)))
 
 
 def _which(rows: Tensor) -> str:
     return f"{int(rows.sum())} of {rows.numel()} rows"
 
 
-def _counting_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """The rows of classes that count, and which they are among all (None with probabilities, where all do)."""
-    rows = _rows(input)
-    if target.is_floating_point():
-        return rows, None
-    counted = target.detach().reshape(-1) != ignore_index
-    return rows[counted], counted
-
-
-def _check_nothing_counts(op: str, counted: Tensor | None, reduction: int, ignore_index: int) -> None:
-    if counted is not None and reduction == 1 and counted.numel() and not counted.any():
-        _warn(
-            f"{op}: all {counted.numel()} targets are ignore_index ({ignore_index}), and the mean over nothing is NaN: "
+def _of_ignored(counted: Tensor, reduction: int, ignore_index: int) -> Iterator[str]:
+    if reduction == 1 and counted.numel() and not counted.any():
+        yield (
+            f"all {counted.numel()} targets are ignore_index ({ignore_index}), and the mean over nothing is NaN: "
             "zero_division=0 makes it 0"
         )
 
 
-def _check_cross_entropy(input: Tensor, target: Tensor, reduction: int, ignore_index: int) -> None:
-    op = "cross_entropy"
-    rows, counted = _counting_rows(input, target, ignore_index)
-    _check_nothing_counts(op, counted, reduction, ignore_index)
-    classes = rows.shape[1]
-    if target.is_floating_point():
-        probabilities = _rows(target)
-        if (negative := (probabilities < 0).any(1)).any():
-            _warn(f"{op}: the probabilities of {_which(negative)} of the target are below 0")
-        elif classes and not (fine := _are_one(probabilities.sum(1), target.dtype, classes)).all():
-            value = probabilities.sum(1)[~fine][0].item()
-            _warn(
-                f"{op}: the probabilities of {_which(~fine)} of the target do not sum to 1; those of one sum to {value:g}"
-            )
+def _of_probability_targets(target: Tensor) -> Iterator[str]:
+    rows = _rows(target)
+    sums = rows.sum(1)
+    if (negative := (rows < 0).any(1)).any():
+        yield f"the probabilities of {_which(negative)} of the target are below 0"
+    elif rows.shape[1] and not (fine := _are_one(sums, target.dtype, rows.shape[1]) | (sums == 0)).all():
+        value = sums[~fine][0].item()  # rows of zeros are rows to ignore
+        yield f"the probabilities of {_which(~fine)} of the target do not sum to 1; those of one sum to {value:g}"
+
+
+def _are_probabilities(rows: Tensor, dtype: torch.dtype) -> bool:
+    return bool(((rows >= 0) & (rows <= 1)).all() and _are_one(rows.sum(1), dtype, rows.shape[1]).all())
+
+
+def _of_logits(rows: Tensor, dtype: torch.dtype) -> Iterator[str]:
     if rows.numel() == 0:
         return
     if (bad := (rows.isnan() | (rows == torch.inf)).any(1)).any():
-        _warn(f"{op}: the logits of {_which(bad)} that count hold NaN or inf: the loss is NaN")
-    elif classes == 1:
-        _warn(f"{op}: there is one class, whose probability is 1 and whose loss is 0 whatever the logits are")
-    elif ((rows >= 0) & (rows <= 1)).all() and _are_one(rows.sum(1), input.dtype, classes).all():
-        _warn(
-            f"{op}: each row of the input sums to 1 and lies in [0, 1]: these are probabilities, and logits are expected. "
-            "Remove the softmax in front of the loss, which takes it itself"
+        yield f"the logits of {_which(bad)} that count hold NaN or inf: the loss is NaN"
+    elif rows.shape[1] == 1:
+        yield "there is one class, whose probability is 1 and whose loss is 0 whatever the logits are"
+    elif _are_probabilities(rows, dtype):
+        yield (
+            "each row of the input sums to 1 and lies in [0, 1]: these are probabilities, and logits are expected. Remove the "
+            "softmax in front of the loss, which takes it itself"
         )
-    elif (rows <= 0).all() and _are_one(rows.logsumexp(1).exp(), input.dtype, classes).all():
-        _warn(
-            f"{op}: the input is log-probabilities already. The loss is right, and log_softmax is computed twice: remove "
-            "the one in front, or take nll_loss"
+    elif (rows <= 0).all() and _are_one(rows.logsumexp(1).exp(), dtype, rows.shape[1]).all():
+        yield (
+            "the input is log-probabilities already. The loss is right, and log_softmax is computed twice: remove the one in "
+            "front, or take nll_loss"
         )
 
 
-def _check_nll_loss(input: Tensor, target: Tensor, reduction: int, ignore_index: int) -> None:
-    op = "nll_loss"
-    rows, counted = _counting_rows(input, target, ignore_index)
-    _check_nothing_counts(op, counted, reduction, ignore_index)
+def _of_log_probabilities(rows: Tensor, dtype: torch.dtype) -> Iterator[str]:
     if rows.numel() == 0:
         return
     if (bad := rows.isnan().any(1)).any():
-        _warn(f"{op}: the log-probabilities of {_which(bad)} that count hold NaN")
+        yield f"the log-probabilities of {_which(bad)} that count hold NaN"
+    elif _are_probabilities(rows, dtype):
+        yield (
+            "each row of the input sums to 1 and lies in [0, 1]: these are probabilities, and log-probabilities are expected. "
+            "Put log_softmax in the place of softmax"
+        )
+    elif (above := (rows > 8 * torch.finfo(dtype).eps).any(1)).any():
+        yield (
+            f"{_which(above)} of the input hold values above 0, which no log-probability is: the loss can be negative. For "
+            "logits take cross_entropy, or log_softmax in front"
+        )
+    elif not (fine := _are_one(sums := rows.logsumexp(1).exp(), dtype, rows.shape[1])).all():
+        yield (
+            f"the exponentials of {_which(~fine)} of the input do not sum to 1 (those of one sum to "
+            f"{sums[~fine][0].item():g}), as those of log-probabilities do. For logits take cross_entropy, or log_softmax in "
+            "front"
+        )
+
+
+def _of_the_loss(input: Tensor, loss: Tensor) -> Iterator[str]:
+    """The last resort, where nothing in the input explains it."""
+    if loss.isfinite().all():
         return
-    classes = rows.shape[1]
-    if ((rows >= 0) & (rows <= 1)).all() and _are_one(rows.sum(1), input.dtype, classes).all():
-        _warn(
-            f"{op}: each row of the input sums to 1 and lies in [0, 1]: these are probabilities, and log-probabilities are "
-            "expected. Put log_softmax in the place of softmax"
+    if input.numel() == 0:
+        yield f"the input is empty (shape {list(input.shape)}), and the mean over nothing is NaN: zero_division=0 makes it 0"
+    else:
+        yield (
+            "the loss is not finite: a target whose class is at -inf, a row of -inf alone, weights of the targets that sum to "
+            "0 or are not finite, or a loss beyond the range of the dtype"
         )
-    elif (above := (rows > 8 * torch.finfo(input.dtype).eps).any(1)).any():
-        _warn(
-            f"{op}: {_which(above)} of the input hold values above 0, which no log-probability is: the loss can be negative. "
-            "For logits take cross_entropy, or log_softmax in front"
-        )
-    elif not (fine := _are_one(rows.logsumexp(1).exp(), input.dtype, classes)).all():
-        value = rows.logsumexp(1).exp()[~fine][0].item()
-        _warn(
-            f"{op}: the exponentials of {_which(~fine)} of the input do not sum to 1 (those of one sum to {value:g}), as those "
-            "of log-probabilities do. For logits take cross_entropy, or log_softmax in front"
-        )
+
+
+@torch.no_grad()
+def _check(op: str, input: Tensor, target: Tensor, loss: Tensor, reduction: int, ignore_index: int) -> None:
+    if not _values_can_be_seen(input):
+        return
+    rows = _rows(input)
+    messages: list[str] = []
+    if target.is_floating_point():
+        messages += _of_probability_targets(target)
+    else:
+        counted = target.reshape(-1) != ignore_index
+        messages += _of_ignored(counted, reduction, ignore_index)
+        rows = rows[counted]
+    messages += (_of_logits if op == "cross_entropy" else _of_log_probabilities)(rows, input.dtype)
+    for message in messages or _of_the_loss(input, loss):
+        _warn(f"{op}: {message}")
 
 
 class _Checked:
@@ -140,18 +159,14 @@ class _Checked:
     def cross_entropy(
         input: Tensor, target: Tensor, weight: Any, reduction: int, ignore_index: int, *options: Any
     ) -> Tensor:
-        loss = _C.cross_entropy(input, target, weight, reduction, ignore_index, *options)
-        if _values_can_be_seen(input):
-            with torch.no_grad():
-                _check_cross_entropy(input, target, reduction, ignore_index)
+        loss: Tensor = _C.cross_entropy(input, target, weight, reduction, ignore_index, *options)
+        _check("cross_entropy", input, target, loss, reduction, ignore_index)
         return loss
 
     @staticmethod
     def nll_loss(input: Tensor, target: Tensor, weight: Any, reduction: int, ignore_index: int) -> Tensor:
-        loss = _C.nll_loss(input, target, weight, reduction, ignore_index)
-        if _values_can_be_seen(input):
-            with torch.no_grad():
-                _check_nll_loss(input, target, reduction, ignore_index)
+        loss: Tensor = _C.nll_loss(input, target, weight, reduction, ignore_index)
+        _check("nll_loss", input, target, loss, reduction, ignore_index)
         return loss
 
     log_softmax = staticmethod(_C.log_softmax)
@@ -165,12 +180,15 @@ class set_debug:
 
     - probabilities given as logits (a softmax in front of the loss), and log-probabilities given as logits;
     - logits or probabilities given to ``nll_loss``: values above 0, rows whose exponentials do not sum to 1;
-    - probability targets that are negative or do not sum to 1;
-    - NaN or inf in rows that count; a mean over targets that are all ignored; a single class.
+    - probability targets that are negative or do not sum to 1 (rows of zeros are taken for rows to ignore);
+    - NaN or inf in rows that count; a mean over targets that are all ignored; a single class; a loss that is not finite.
 
     It holds for the whole process, from the call on, or for a ``with`` block. Reading the values costs several passes over the
     logits, and on a GPU waits for it. While off it costs nothing. What is compiled, traced, transformed by ``torch.func`` or
-    captured in a CUDA graph is not looked at, and ``cross_entropy_value_and_grad`` is not either.
+    captured in a CUDA graph is not looked at, nor are ``cross_entropy_value_and_grad`` and torch's own functions (call
+    :func:`nllx.patch` for those). Python shows each warning once per line of code, unless ``warnings`` are set otherwise. Not
+    every mistake can be seen: a softmax over the wrong dimension, or a sigmoid, leaves numbers that logits could be; and logits
+    that are probabilities by chance (one-hot rows) are warned about.
 
     Args:
         mode: Whether to warn.

@@ -233,16 +233,15 @@ def cross_entropy_value_and_grad(
             a leaf that requires grad.
 
     Returns:
-        The loss, as from :func:`cross_entropy`, and the gradient (``out``, if given). Neither requires grad. On a GPU they are
-        two kernels, one after the other.
+        The loss, as from :func:`cross_entropy`, and the gradient (``out``, if given). Neither requires grad.
 
     Raises:
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`; ValueError for
             reduction ``"none"``. A class index out of range raises before anything is written (not on a GPU).
 
     Cost:
-        On a CPU the logits are read from memory once and the gradient is written once, :math:`2 L` bytes; into ``out`` no
-        memory is added.
+        The logits are read from memory once and the gradient is written once, :math:`2 L` bytes; into ``out`` no memory is
+        added. On a GPU that is so where a row fits the chip; longer rows, few long ones and planes are read twice.
     """
     tensors = (logits, target, weight, out)
     if has_torch_function_variadic(*tensors):

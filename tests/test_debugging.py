@@ -65,6 +65,15 @@ _CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nllx.functional.nll_loss(_NAN_ROW, torch.tensor([0, 1])),
         "1 of 2 rows that count hold NaN",
     ),
+    "weights that sum to 0": (
+        lambda: nllx.functional.cross_entropy(_logits(2, 3), torch.tensor([0, 0]), torch.tensor([0.0, 1.0, 1.0])),
+        "not finite: a target whose class is at -inf",
+    ),
+    "target at -inf": (
+        lambda: nllx.functional.nll_loss(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1])),
+        "not finite: a target whose class is at -inf",
+    ),
+    "empty": (lambda: nllx.functional.cross_entropy(_logits(0, 3), _target(0, 3)), "the input is empty (shape [0, 3])"),
     "all ignored": (
         lambda: nllx.functional.cross_entropy(_logits(3, 5), torch.full((3,), -100)),
         "all 3 targets are ignore_index",
@@ -103,7 +112,7 @@ def test_says_nothing_of_good_input(shape: tuple[int, ...], dtype: torch.dtype) 
 
     def calls() -> None:
         nllx.functional.cross_entropy(logits, target, reduction="sum")
-        nllx.functional.cross_entropy(logits, probabilities)
+        nllx.functional.cross_entropy(logits, probabilities, reduction="sum")
         nllx.functional.nll_loss(nllx.functional.log_softmax(logits, axis), target, reduction="sum")
         nllx.functional.cross_entropy(logits, torch.zeros(rows, dtype=torch.long).fill_(-100), reduction="none")
 
@@ -117,6 +126,16 @@ def test_ignored_rows_and_masks_may_hold_anything() -> None:
     target = torch.tensor([0, -100, 1, 2])
     assert _warnings(lambda: nllx.functional.cross_entropy(logits, target)) == []
     assert _warnings(lambda: nllx.functional.nll_loss(logits.log_softmax(1), target)) == []
+
+
+def test_rounded_probabilities_and_rows_of_zeros_are_good_targets() -> None:
+    """A teacher's probabilities, stored in half precision; rows to ignore."""
+    for half in (torch.bfloat16, torch.float16):
+        teacher = _logits(64, 1000).softmax(1).to(half).float()
+        teacher[3] = 0
+        assert _warnings(lambda teacher=teacher: nllx.functional.cross_entropy(_logits(64, 1000), teacher)) == []
+        log_p = _logits(64, 1000).log_softmax(1).to(half).float()
+        assert _warnings(lambda log_p=log_p: nllx.functional.nll_loss(log_p, _target(64, 1000))) == []
 
 
 def test_at_the_line_of_the_caller() -> None:
