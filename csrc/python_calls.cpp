@@ -93,6 +93,22 @@ PyObject* py_log_softmax(PyObject*, PyObject* const* values, Py_ssize_t given) {
   END_HANDLE_TH_ERRORS
 }
 
+// For nllx.patch, which asks it of every call.
+PyObject* py_are_plain(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  HANDLE_TH_ERRORS
+  for (Py_ssize_t i = 0; i < given; ++i) {
+    if (i > 0 && values[i] == Py_None) continue;
+    if (!THPVariable_CheckExact(values[i])) Py_RETURN_FALSE;
+    const at::Tensor& t = THPVariable_Unpack(values[i]);
+    const at::ScalarType type = t.scalar_type();
+    const bool taken = i > 0 ? !at::isComplexType(type)
+                             : type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+    if (!taken || !t.is_cpu() || t.is_nested() || t.layout() != at::kStrided) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
 template <typename Function>
 PyCFunction as_method(Function* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -106,6 +122,10 @@ PyMethodDef methods[] = {
      "nll_loss(input, target, weight, reduction, ignore_index): torch.ops.nllx.nll_loss, likewise."},
     {"log_softmax", as_method(&py_log_softmax), METH_FASTCALL,
      "log_softmax(input, dim): torch.ops.nllx.log_softmax, likewise."},
+    {"are_plain", as_method(&py_are_plain), METH_FASTCALL,
+     "are_plain(input, *others): whether all are strided CPU tensors of torch's own class, the first of a dtype that "
+     "the "
+     "losses take and the others not complex, or None."},
     {nullptr, nullptr, 0, nullptr},
 };
 

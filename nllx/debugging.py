@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import types
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,41 +18,90 @@ from nllx import _C, functional
 
 __all__ = ["set_debug"]
 
-_lock = threading.Lock()
-_on = False
+# Values are looked at in parts of so many, so that float32 copies of half-precision logits stay small.
+_AT_ONCE = 1 << 22
+
+_lock = threading.RLock()
+_settings: list[set_debug] = []  # the last one holds
+_warned: set[tuple[str, int, str]] = set()
 
 
 def _warn(message: str) -> None:
-    """At the line of the first caller outside of nllx and torch."""
+    """At the line of the first caller outside of nllx and torch; once for each line and kind of trouble."""
     frame: types.FrameType | None = sys._getframe(1)
     level = 2
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("nllx", "torch"):
+    while frame is not None and (frame.f_globals.get("__name__") or "").partition(".")[0] in ("nllx", "torch"):
         frame, level = frame.f_back, level + 1
+    where = (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+    kind = (*where, re.sub(r"\d[\d.e+-]*", "#", message))  # counts and values differ from step to step
+    with _lock:
+        if kind in _warned:
+            return
+        _warned.add(kind)
     warnings.warn(f"{message} (nllx.set_debug)", stacklevel=level)
 
 
-def _values_can_be_seen(input: Tensor) -> bool:
-    """Not while tracing, transforming or capturing, nor for tensors without memory: there nothing is checked."""
+def _values_can_be_seen(*tensors: Tensor) -> bool:
+    """Not while tracing, transforming or capturing, nor those of tensors without memory: there nothing is checked."""
     return (
-        type(input) in (Tensor, torch.nn.Parameter)
-        and input.device.type != "meta"
+        all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in tensors)
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and not (input.is_cuda and torch.cuda.is_current_stream_capturing())
+        and torch._C._get_tracing_state() is None
+        and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-def _rows(input: Tensor) -> Tensor:
-    """(rows, classes), in float32 or float64."""
-    values = input.detach()
-    rows = values[None] if values.dim() == 1 else values.movedim(1, -1).flatten(0, -2)
-    return rows.double() if rows.dtype == torch.float64 else rows.float()
+class _Rows(NamedTuple):
+    """Of each row of a tensor (C), (N, C) or (N, C, d1, ..., dk), in the order of class indices."""
 
+    smallest: Tensor
+    largest: Tensor
+    sums: Tensor
+    sums_of_exponentials: Tensor
+    classes: int
+    half: bool
 
-def _are_one(sums: Tensor, dtype: torch.dtype, classes: int) -> Tensor:
-    """Which are 1 but for rounding, to half precision at some time before too. A log-probability is off by half an ulp of it,
-    and they are log(classes) in the mean at most."""
-    return (sums - 1).abs() <= max(0.01, 4 * torch.finfo(dtype).eps * math.log(max(classes, 2)))
+    @classmethod
+    def of(cls, values: Tensor) -> _Rows:
+        values = values.detach()
+        values = values[None] if values.dim() == 1 else values
+        classes, half = values.shape[1], values.dtype in (torch.bfloat16, torch.float16)
+        if classes == 0 or values.numel() == 0:
+            nothing = torch.zeros(0)
+            return cls(nothing, nothing, nothing, nothing, classes, half)
+        parts: list[tuple[Tensor, ...]] = []
+        for part in values.split(max(1, _AT_ONCE // max(1, values[0].numel()))):
+            part = part.float() if half else part
+            parts.append((part.amin(1), part.amax(1), part.sum(1), part.logsumexp(1).exp()))
+        smallest, largest, sums, exponentials = (
+            torch.cat([v.flatten() for v in column]) for column in zip(*parts, strict=True)
+        )
+        return cls(smallest, largest, sums, exponentials, classes, half)
+
+    def where(self, rows: Tensor) -> _Rows:
+        if not self:
+            return self
+        columns = (self.smallest[rows], self.largest[rows], self.sums[rows], self.sums_of_exponentials[rows])
+        return _Rows(*columns, self.classes, self.half)
+
+    def __bool__(self) -> bool:
+        return self.smallest.numel() > 0
+
+    def have_nan(self) -> Tensor:
+        return self.smallest.isnan()
+
+    def lie_in_0_to_1(self) -> Tensor:
+        return (self.smallest >= 0) & (self.largest <= 1)
+
+    def slack(self) -> float:
+        """What rounding of the dtype, or to half precision at some time before, does to sums that should be 1. Logits and
+        counts, which are what is looked for, are further away."""
+        return 0.3 if self.half else 0.01
+
+    def rounding(self) -> float:
+        """What the rounding of probabilities or log-probabilities of this dtype alone does."""
+        return 4 * (2**-8 if self.half else 2**-20) * max(1.0, math.log(self.classes))
 
 
 def _which(rows: Tensor) -> str:
@@ -66,59 +116,58 @@ def _of_ignored(counted: Tensor, reduction: int, ignore_index: int) -> Iterator[
         )
 
 
-def _of_probability_targets(target: Tensor) -> Iterator[str]:
-    rows = _rows(target)
-    sums = rows.sum(1)
-    if (negative := (rows < 0).any(1)).any():
+def _of_probability_targets(rows: _Rows) -> Iterator[str]:
+    off = ((rows.sums - 1).abs() > rows.slack()) & (rows.sums != 0)  # rows of zeros are rows to ignore
+    if (negative := rows.smallest < 0).any():
         yield f"the probabilities of {_which(negative)} of the target are below 0"
-    elif rows.shape[1] and not (fine := _are_one(sums, target.dtype, rows.shape[1]) | (sums == 0)).all():
-        value = sums[~fine][0].item()  # rows of zeros are rows to ignore
-        yield f"the probabilities of {_which(~fine)} of the target do not sum to 1; those of one sum to {value:g}"
+    elif off.any():
+        value = rows.sums[off][0].item()
+        yield f"the probabilities of {_which(off)} of the target do not sum to 1; those of one sum to {value:.4g}"
 
 
-def _are_probabilities(rows: Tensor, dtype: torch.dtype) -> bool:
-    return bool(((rows >= 0) & (rows <= 1)).all() and _are_one(rows.sum(1), dtype, rows.shape[1]).all())
+def _are_probabilities(rows: _Rows) -> bool:
+    return bool((rows.lie_in_0_to_1() & ((rows.sums - 1).abs() <= rows.rounding())).all())
 
 
-def _of_logits(rows: Tensor, dtype: torch.dtype) -> Iterator[str]:
-    if rows.numel() == 0:
+def _of_logits(rows: _Rows) -> Iterator[str]:
+    if not rows:
         return
-    if (bad := (rows.isnan() | (rows == torch.inf)).any(1)).any():
+    if (bad := rows.have_nan() | (rows.largest == torch.inf)).any():
         yield f"the logits of {_which(bad)} that count hold NaN or inf: the loss is NaN"
-    elif rows.shape[1] == 1:
+    elif rows.classes == 1:
         yield "there is one class, whose probability is 1 and whose loss is 0 whatever the logits are"
-    elif _are_probabilities(rows, dtype):
+    elif _are_probabilities(rows):
         yield (
             "each row of the input sums to 1 and lies in [0, 1]: these are probabilities, and logits are expected. Remove the "
             "softmax in front of the loss, which takes it itself"
         )
-    elif (rows <= 0).all() and _are_one(rows.logsumexp(1).exp(), dtype, rows.shape[1]).all():
+    elif ((rows.largest <= 0) & ((rows.sums_of_exponentials - 1).abs() <= rows.rounding())).all():
         yield (
             "the input is log-probabilities already. The loss is right, and log_softmax is computed twice: remove the one in "
             "front, or take nll_loss"
         )
 
 
-def _of_log_probabilities(rows: Tensor, dtype: torch.dtype) -> Iterator[str]:
-    if rows.numel() == 0:
+def _of_log_probabilities(rows: _Rows) -> Iterator[str]:
+    if not rows:
         return
-    if (bad := rows.isnan().any(1)).any():
+    sums = rows.sums_of_exponentials
+    if (bad := rows.have_nan()).any():
         yield f"the log-probabilities of {_which(bad)} that count hold NaN"
-    elif _are_probabilities(rows, dtype):
+    elif _are_probabilities(rows):
         yield (
             "each row of the input sums to 1 and lies in [0, 1]: these are probabilities, and log-probabilities are expected. "
             "Put log_softmax in the place of softmax"
         )
-    elif (above := (rows > 8 * torch.finfo(dtype).eps).any(1)).any():
+    elif (above := rows.largest > rows.slack()).any():
         yield (
             f"{_which(above)} of the input hold values above 0, which no log-probability is: the loss can be negative. For "
             "logits take cross_entropy, or log_softmax in front"
         )
-    elif not (fine := _are_one(sums := rows.logsumexp(1).exp(), dtype, rows.shape[1])).all():
+    elif (off := (sums - 1).abs() > rows.slack()).any():
         yield (
-            f"the exponentials of {_which(~fine)} of the input do not sum to 1 (those of one sum to "
-            f"{sums[~fine][0].item():g}), as those of log-probabilities do. For logits take cross_entropy, or log_softmax in "
-            "front"
+            f"the exponentials of {_which(off)} of the input do not sum to 1 (those of one sum to {sums[off][0].item():.4g}), "
+            "as those of log-probabilities do. For logits take cross_entropy, or log_softmax in front"
         )
 
 
@@ -137,17 +186,17 @@ def _of_the_loss(input: Tensor, loss: Tensor) -> Iterator[str]:
 
 @torch.no_grad()
 def _check(op: str, input: Tensor, target: Tensor, loss: Tensor, reduction: int, ignore_index: int) -> None:
-    if not _values_can_be_seen(input):
+    if not _values_can_be_seen(input, target):
         return
-    rows = _rows(input)
+    rows = _Rows.of(input)
     messages: list[str] = []
     if target.is_floating_point():
-        messages += _of_probability_targets(target)
+        messages += _of_probability_targets(_Rows.of(target))
     else:
-        counted = target.reshape(-1) != ignore_index
+        counted = target.reshape(-1).long() != ignore_index  # long: it may lie outside of the target's dtype
         messages += _of_ignored(counted, reduction, ignore_index)
-        rows = rows[counted]
-    messages += (_of_logits if op == "cross_entropy" else _of_log_probabilities)(rows, input.dtype)
+        rows = rows.where(counted)
+    messages += (_of_logits if op == "cross_entropy" else _of_log_probabilities)(rows)
     for message in messages or _of_the_loss(input, loss):
         _warn(f"{op}: {message}")
 
@@ -183,12 +232,14 @@ class set_debug:
     - probability targets that are negative or do not sum to 1 (rows of zeros are taken for rows to ignore);
     - NaN or inf in rows that count; a mean over targets that are all ignored; a single class; a loss that is not finite.
 
-    It holds for the whole process, from the call on, or for a ``with`` block. Reading the values costs several passes over the
-    logits, and on a GPU waits for it. While off it costs nothing. What is compiled, traced, transformed by ``torch.func`` or
-    captured in a CUDA graph is not looked at, nor are ``cross_entropy_value_and_grad`` and torch's own functions (call
-    :func:`nllx.patch` for those). Python shows each warning once per line of code, unless ``warnings`` are set otherwise. Not
-    every mistake can be seen: a softmax over the wrong dimension, or a sigmoid, leaves numbers that logits could be; and logits
-    that are probabilities by chance (one-hot rows) are warned about.
+    It holds for the whole process, from the call on, or for a ``with`` block; the last that began and has not ended decides.
+    Each line of code is warned about once for each kind of trouble, until ``set_debug`` is called again. Reading the values
+    costs several passes over the logits, and on a GPU waits for it. While off it costs nothing.
+
+    What is compiled, traced, transformed by ``torch.func`` or captured in a CUDA graph is not looked at, nor are
+    ``cross_entropy_value_and_grad`` and torch's own functions (call :func:`nllx.patch` for those). Not every mistake can be
+    seen: a softmax over the wrong dimension, or a sigmoid, leaves numbers that logits could be; and logits that are
+    probabilities by chance (one-hot rows) are warned about.
 
     Args:
         mode: Whether to warn.
@@ -203,18 +254,28 @@ class set_debug:
     """
 
     def __init__(self, mode: bool) -> None:
-        self._before = _on
-        _switch(bool(mode))
+        self._mode = bool(mode)
+        self._entered = False
+        with _lock:
+            # Of calls without a block the last one is enough.
+            if len(_settings) > 1 and not (_settings[-1]._entered or _settings[-2]._entered):
+                del _settings[-2]
+            _settings.append(self)
+            _warned.clear()
+            _switch()
 
     def __enter__(self) -> None:
-        pass
+        with _lock:
+            self._entered = True
+            if self not in _settings:  # a call of another thread came between
+                _settings.append(self)
+                _switch()
 
     def __exit__(self, *exception: object) -> None:
-        _switch(self._before)
+        with _lock:
+            _settings.remove(self)
+            _switch()
 
 
-def _switch(mode: bool) -> None:
-    global _on
-    with _lock:
-        _on = mode
-        vars(functional)["_C"] = _Checked if mode else _C
+def _switch() -> None:
+    vars(functional)["_C"] = _Checked if _settings and _settings[-1]._mode else _C

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function
+from torch.utils._device import DeviceContext
 
 from nllx import _C, functional, modules
 from nllx._fake import FLOATING
@@ -27,12 +30,15 @@ _WITH_CUDA = bool(_C.build_info()["cuda"])
 _lock = threading.RLock()
 _always = False  # patch() without unpatch()
 _entered = 0  # how many patched() are under way, in all threads
-_originals: dict[str, Callable[..., Tensor]] = {}  # what was there before
+_on = False  # one of the two: what compiled graphs depend on, and so no number
+_torchs: dict[str, Callable[..., Tensor]] = {name: getattr(_torch, name) for name in _NAMES}
+_originals: dict[str, Callable[..., Tensor]] = dict(_torchs)  # what was there before
 _installed: set[str] = set()  # what stands in torch.nn.functional, or did when somebody wrapped it
 _wrappers: dict[str, Callable[..., Tensor]] = {}  # what they put there
 _counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in _NAMES}
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _has_own_torch_function(t: Any) -> bool:
@@ -48,6 +54,15 @@ def _has_own_torch_function(t: Any) -> bool:
 
 def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | None:
     """Why torch has to compute it, or None. Mistakes are for nllx to tell, as torch would."""
+    if not torch.compiler.is_compiling():
+        if torch._C._len_torch_function_stack() and not all(
+            isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+        ):
+            return "a TorchFunctionMode"  # which is to see torch's function
+        if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+            return "ONNX"  # which has no operators for nllx's
+        if dtype is None and _C.are_plain(input, *others):  # nearly all calls, in less time than a small loss takes
+            return None
     if not isinstance(input, Tensor):
         return None
     if _has_own_torch_function(input) or any(_has_own_torch_function(t) for t in others):
@@ -57,8 +72,9 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
         return "nested"
     if any(type(t).__name__ == "DTensor" for t in (input, *others)):
         return "DTensor"  # whose operations are sharded one by one
-    if input.layout != torch.strided:
-        return f"layout {input.layout}"
+    for t in (input, *others):
+        if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_nested):
+            return "nested" if t.is_nested else f"layout {t.layout}"
     dtype = dtype or input.dtype
     if dtype not in FLOATING:
         return f"dtype {dtype}"
@@ -73,7 +89,7 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
 
 def _run(name: str, reason: str | None, tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor:
     """Calls torch's function for a reason, or nllx's, and counts it: in eager mode, since a compiler sees a call once."""
-    if not _is_on():  # somebody kept the replacement, or wrapped it
+    if not _on:  # somebody kept the replacement, or wrapped it
         return _originals[name](*arguments)
     if not torch.compiler.is_compiling():
         with _lock:
@@ -81,13 +97,11 @@ def _run(name: str, reason: str | None, tensors: tuple[Any, ...], arguments: tup
     if reason is None:
         return getattr(functional, name)(*arguments)
     original = _originals[name]
-    if has_torch_function(tensors):  # torch would give them the function that it finds under its name: the replacement
+    if has_torch_function(
+        tensors
+    ):  # a mode too; torch would give them the function that it finds under its name: the replacement
         return handle_torch_function(original, tensors, *arguments)
     return original(*arguments)
-
-
-def _is_on() -> bool:
-    return _always or _entered > 0
 
 
 def _cross_entropy(
@@ -103,8 +117,9 @@ def _cross_entropy(
     """:func:`torch.nn.functional.cross_entropy`, by nllx where it can."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     reason = _why_torch(input, None, target, weight)
-    if reason is None and isinstance(label_smoothing, float) and not label_smoothing >= 0:
-        reason = "label_smoothing below 0"
+    if reason is None and (label_smoothing.__class__ is not float or not label_smoothing >= 0):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # mistakes are for nllx to tell
+            reason = reason if float(label_smoothing) >= 0 else "label_smoothing below 0"
     return _run("cross_entropy", reason, (input, target, weight), arguments)
 
 
@@ -135,29 +150,38 @@ _REPLACEMENTS: dict[str, Callable[..., Tensor]] = {
     "log_softmax": _log_softmax,
 }
 for _name, _replacement in _REPLACEMENTS.items():
+    # As torch's own: pickles hold the function's name, and mean whatever is there when they are loaded.
     _replacement.__name__ = _replacement.__qualname__ = _name
+    _replacement.__module__ = "torch.nn.functional"
+    # torch.jit.script compiles torch's function.
+    _replacement.__prepare_scriptable__ = lambda name=_name: _torchs[name]  # type: ignore[attr-defined]
 
 
 def _update() -> None:
     """Puts the functions of torch.nn.functional where they belong; called with the lock.
 
     Somebody may have wrapped ours. The wrapper stays, as its owner will want to take it away himself; ours, which it calls,
-    goes on or steps aside. To wrap the wrapper would be a circle.
+    goes on or steps aside. To wrap the wrapper would be a circle. torch's own function is never a wrapper: whoever had put
+    something in its place before us has taken that away.
     """
+    global _on
+    _on = _always or _entered > 0
     for name, replacement in _REPLACEMENTS.items():
         current = getattr(_torch, name)
-        if _is_on():
+        known = (_originals[name], _torchs[name])
+        if _on:
             if current is not replacement and current is not _wrappers.get(name):
-                if name in _installed and current is not _originals[name]:
+                if name in _installed and current not in known:
                     _wrappers[name] = current
                 else:
                     _originals[name] = current
+                    _wrappers.pop(name, None)
                     setattr(_torch, name, replacement)
             _installed.add(name)
         elif name in _installed:
             if current is replacement:
                 setattr(_torch, name, _originals[name])
-            elif current is not _originals[name]:
+            elif current not in known:
                 _wrappers[name] = current
             _installed.discard(name)
 
@@ -167,17 +191,31 @@ def patch() -> None:
 
     The modules ``torch.nn.CrossEntropyLoss``, ``NLLLoss`` and ``LogSoftmax`` call these functions, those already built too.
     What nllx does not take (other dtypes, devices and layouts, subclasses of Tensor that handle torch's functions
-    themselves) goes to torch as before; :func:`patch_report` tells. A second call changes nothing.
+    themselves, calls under a ``TorchFunctionMode``) goes to torch as before; :func:`patch_report` tells. A second call changes
+    nothing. Where somebody has put another function in the place of nllx's, it stays, with a warning.
 
     It holds for the whole process, all threads included, since autograd runs forward code in threads of its own
-    (``torch.utils.checkpoint``). Names imported from torch before (``from torch.nn.functional import cross_entropy``), methods
-    (``Tensor.log_softmax``) and code of ``torch.jit.script`` are not routed. Where the logits are changed in place between
-    forward and backward, nllx raises RuntimeError, and torch does not look.
+    (``torch.utils.checkpoint``). Names imported from torch before (``from torch.nn.functional import cross_entropy``),
+    ``torch.log_softmax``, ``torch.special.log_softmax``, methods (``Tensor.log_softmax``) and code of ``torch.jit.script`` are
+    not routed. (Names imported before do come to nllx where torch looks its own function up again: under a ``torch.device``
+    context, and for subclasses of Tensor, whose ``__torch_function__`` then gets nllx's.) Graphs that were compiled or traced
+    by ``torch.fx`` while patched keep nllx's operators.
+
+    nllx saves the logits where torch saves their log-softmax. Logits that are changed in place between forward and backward
+    raise RuntimeError; torch does not look at them again. Changes that autograd does not see (``logits.data``, NumPy) make
+    the gradient wrong.
     """
     global _always
     with _lock:
         _always = True
         _update()
+        for name, wrapper in _wrappers.items():
+            if getattr(_torch, name) is wrapper:
+                warnings.warn(
+                    f"nllx.patch: torch.nn.functional.{name} is {wrapper!r}, which took the place of nllx's; nllx runs where "
+                    "that calls what it had found, and otherwise does not",
+                    stacklevel=2,
+                )
 
 
 def unpatch() -> None:
@@ -188,20 +226,36 @@ def unpatch() -> None:
         _update()
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+class patched(contextlib.ContextDecorator):
     """:func:`patch` for the time of a ``with`` block, or of a function that it decorates.
 
     Blocks may be inside of each other and in several threads: torch's functions come back with the end of the last one,
     with an exception too.
+
+    Raises:
+        TypeError: a generator or a coroutine is decorated, whose body runs after the call: put the block inside.
     """
-    global _entered
-    with _lock:
-        _entered += 1
-        _update()
-    try:
-        yield
-    finally:
+
+    def __call__(self, function: _Function) -> _Function:
+        if (
+            inspect.isgeneratorfunction(function)
+            or inspect.iscoroutinefunction(function)
+            or inspect.isasyncgenfunction(function)
+        ):
+            raise TypeError(
+                f"nllx.patched: the body of {function.__name__}, a generator or coroutine, runs after the call; write "
+                "`with nllx.patched():` inside of it"
+            )
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        global _entered
+        with _lock:
+            _entered += 1
+            _update()
+
+    def __exit__(self, *exception: object) -> None:
+        global _entered
         with _lock:
             _entered -= 1
             _update()
@@ -238,7 +292,8 @@ def convert(module: _Module, *, verbose: bool = True) -> _Module:
     """Makes the losses inside of a model nllx's: ``CrossEntropyLoss``, ``NLLLoss`` and ``LogSoftmax``, itself included.
 
     Each stays the same object, with its weights, options, hooks and mode, and gets nllx's class (a subclass of torch's).
-    Subclasses that users wrote are left as they are, since their ``forward`` may do anything.
+    Subclasses that users wrote are left as they are, since their ``forward`` may do anything, and so are modules whose
+    ``forward`` has been replaced (hooks of accelerate).
 
     Args:
         module: The model; changed in place.
@@ -249,8 +304,12 @@ def convert(module: _Module, *, verbose: bool = True) -> _Module:
     """
     for name, child in module.named_modules():
         replacement = _MODULES.get(type(child))
-        if replacement is not None:
+        if replacement is None:
+            continue
+        kept = "forward" in vars(child)
+        if not kept:
             child.__class__ = replacement
-            if verbose:
-                print(f"nllx.convert: {name or 'the module itself'}: {child}")
+        if verbose:
+            left = " is left as it is, since its forward has been replaced" if kept else ""
+            print(f"nllx.convert: {name or 'the module itself'}: {child}{left}")
     return module

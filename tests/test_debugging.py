@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ def _warnings(call: Callable[[], Any]) -> list[str]:
         warnings.simplefilter("always")
         with nllx.set_debug(True):
             call()
-    return [str(w.message) for w in caught]
+    return [str(w.message) for w in caught if w.category is not DeprecationWarning]
 
 
 def _logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,6 +88,62 @@ _CASES: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+# Where the border of each check is: just beyond it there is a warning, test_says_nothing_… has what is not.
+_CASES |= {
+    "infinite logits": (
+        lambda: nllx.functional.cross_entropy(torch.tensor([[torch.inf, 0.0]]), torch.tensor([0])),
+        "1 of 1 rows that count hold NaN or inf",
+    ),
+    "a little above 0": (
+        lambda: nllx.functional.nll_loss(torch.tensor([[0.02, -30.0]]), torch.tensor([0])),
+        "values above 0",
+    ),
+    "sums of 1.02": (
+        lambda: nllx.functional.nll_loss(torch.tensor([[0.51, 0.51]]).log(), torch.tensor([0])),
+        "do not sum to 1 (those of one sum to 1.02)",
+    ),
+    "probabilities that sum to 1.02": (
+        lambda: nllx.functional.cross_entropy(_logits(1, 2), torch.tensor([[0.51, 0.51]])),
+        "do not sum to 1; those of one sum to 1.02",
+    ),
+    "all ignored in nll_loss": (
+        lambda: nllx.functional.nll_loss(_logits(3, 5).log_softmax(1), torch.full((3,), 2), ignore_index=2),
+        "all 3 targets are ignore_index (2)",
+    ),
+    "NaN in a row whose index is ignore_index modulo 256": (
+        lambda: nllx.functional.cross_entropy(
+            torch.full((1, 200), torch.nan), torch.full((1,), 156, dtype=torch.uint8)
+        ),
+        "1 of 1 rows that count hold NaN",
+    ),
+    **{
+        f"{name} in {dtype}": (call, expected)
+        for dtype in (torch.bfloat16, torch.float16)
+        for name, call, expected in [
+            (
+                "softmax",
+                lambda dtype=dtype: nllx.functional.cross_entropy(
+                    _logits(64, 1000).softmax(1).to(dtype), _target(64, 1000)
+                ),
+                "these are probabilities",
+            ),
+            (
+                "log_softmax",
+                lambda dtype=dtype: nllx.functional.cross_entropy(
+                    _logits(64, 1000).log_softmax(1).to(dtype), _target(64, 1000)
+                ),
+                "log-probabilities already",
+            ),
+            (
+                "logits",
+                lambda dtype=dtype: nllx.functional.nll_loss(-_logits(64, 1000, dtype=dtype).abs(), _target(64, 1000)),
+                "do not sum to 1",
+            ),
+        ]
+    },
+}
+
+
 @pytest.mark.parametrize("name", _CASES)
 def test_warns(name: str) -> None:
     call, expected = _CASES[name]
@@ -135,6 +192,12 @@ def test_rounded_probabilities_and_rows_of_zeros_are_good_targets() -> None:
         teacher[3] = 0
         assert _warnings(lambda teacher=teacher: nllx.functional.cross_entropy(_logits(64, 1000), teacher)) == []
         log_p = _logits(64, 1000).log_softmax(1).to(half).float()
+        wide = 10 * _logits(64, 1000)  # lse is rounded, and so is the difference
+        for kept in (half, torch.float32):
+            rounded = (wide.to(kept) - wide.to(kept).logsumexp(1, keepdim=True)).to(kept)
+            assert _warnings(lambda r=rounded: nllx.functional.nll_loss(r, _target(64, 1000))) == []
+        softened = (_logits(64, 10).softmax(1) + 1e-5).log()
+        assert _warnings(lambda s=softened: nllx.functional.nll_loss(s, _target(64, 10))) == []
         assert _warnings(lambda log_p=log_p: nllx.functional.nll_loss(log_p, _target(64, 1000))) == []
 
 
@@ -152,13 +215,66 @@ def test_at_the_line_of_the_caller() -> None:
     assert [(w.filename, w.lineno - line) for w in caught] == [(__file__, n) for n in (1, 2, 3, 4)]
 
 
-def test_changes_no_value_and_no_gradient() -> None:
+_W5 = torch.arange(1.0, 6.0)
+_OPTIONS: list[dict[str, Any]] = [
+    {"weight": _W5, "label_smoothing": 0.1, "ignore_index": 2},
+    {"weight": _W5, "reduction": "none"},
+    {"reduction": "sum", "ignore_index": 1},
+    {"zero_division": 0, "ignore_index": 0},
+]
+
+
+@pytest.mark.parametrize("options", _OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_changes_no_value_and_no_gradient(name: str, options: dict[str, Any]) -> None:
+    options = {k: v for k, v in options.items() if name == "cross_entropy" or k != "label_smoothing"}
     logits, target = _logits(6, 5).requires_grad_(), _target(6, 5)
-    expected = nllx.functional.cross_entropy(logits, target)
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = getattr(nllx.functional, name)(nllx.functional.log_softmax(logits, 1), target, **options)
+        return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+    expected = run()
+    with warnings.catch_warnings(), nllx.set_debug(True):
+        warnings.simplefilter("ignore")
+        actual = run()
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+def test_keeps_the_gradient_in_place() -> None:
+    hidden = _logits(6, 5).requires_grad_()
+    logits = hidden * 1
     with nllx.set_debug(True):
-        actual = nllx.functional.cross_entropy(logits, target)
-    assert torch.equal(actual, expected)
-    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)))
+        nllx.functional.cross_entropy(logits, _target(6, 5), inplace_backward=True).backward()
+    assert torch.equal(logits, hidden.grad)
+
+
+def test_zero_division_is_an_answer_to_ignored_batches() -> None:
+    assert (
+        _warnings(lambda: nllx.functional.cross_entropy(_logits(2, 3), torch.full((2,), -100), zero_division=0)) == []
+    )
+
+
+def test_each_line_is_warned_about_once_for_each_kind() -> None:
+    """Counts and values in the text differ from step to step."""
+
+    def steps() -> None:
+        for seed in range(3):
+            logits = torch.randn(4 + seed, 5, generator=torch.Generator().manual_seed(seed))
+            nllx.functional.nll_loss(logits, _target(4 + seed, 5))
+        nllx.functional.nll_loss(logits, _target(4 + seed, 5))
+
+    assert len(_warnings(steps)) == 2
+    assert len(_warnings(steps)) == 2  # set_debug was called again
+
+
+def test_memory_of_large_half_precision_logits() -> None:
+    """Seen in parts: no copy of all logits in float32."""
+    logits, target = torch.zeros(2048, 8192, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.long)
+    with torch.profiler.profile(profile_memory=True) as profile, nllx.set_debug(True):
+        nllx.functional.cross_entropy(logits, target)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 40 << 20  # the copy would be 64 MiB
 
 
 def test_costs_nothing_while_off_and_nests() -> None:
@@ -174,6 +290,36 @@ def test_costs_nothing_while_off_and_nests() -> None:
     assert functional._C is _C
 
 
+def test_blocks_of_threads_do_not_leak() -> None:
+    """The first to begin is the first to end."""
+    inside, ended, seen = threading.Event(), threading.Event(), []
+
+    def second() -> None:
+        with nllx.set_debug(True):
+            inside.set()
+            ended.wait(10)
+            seen.append(functional._C is not _C)
+
+    with nllx.set_debug(True):
+        thread = threading.Thread(target=second)
+        thread.start()
+        inside.wait(10)
+    ended.set()
+    thread.join()
+    assert seen == [True]
+    assert functional._C is _C
+
+
+def test_calls_without_a_block_do_not_pile_up() -> None:
+    from nllx import debugging
+
+    before = len(debugging._settings)
+    for mode in (True, False) * 10:
+        nllx.set_debug(mode)
+    assert len(debugging._settings) <= before + 2
+    assert functional._C is _C
+
+
 def test_does_not_disturb_what_has_no_values() -> None:
     logits, target = _logits(6, 5).softmax(1), _target(6, 5)
 
@@ -182,6 +328,7 @@ def test_does_not_disturb_what_has_no_values() -> None:
         torch.func.vmap(nllx.functional.cross_entropy)(logits, target)
         torch.func.grad(nllx.functional.cross_entropy)(logits, target)
         torch.compile(nllx.functional.cross_entropy, backend="eager", fullgraph=True)(logits, target)
+        torch.jit.trace(lambda x: nllx.functional.cross_entropy(x, target), logits, check_trace=False)
         with torch._subclasses.FakeTensorMode() as mode:
             nllx.functional.cross_entropy(mode.from_tensor(logits), mode.from_tensor(target))
 

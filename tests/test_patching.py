@@ -5,15 +5,20 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import functools
+import io
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.tensor
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import nllx
@@ -207,7 +212,8 @@ def test_somebody_elses_patch_survives() -> None:
         assert "nllx" not in _gradient(lambda x: F.cross_entropy(x, _t))[2].lower()
         assert calls == ["wrapped"]
         with nllx.patched():  # on again, underneath the wrapper
-            nllx.patch()
+            with pytest.warns(UserWarning, match="cross_entropy is .*which took the place of nllx's"):
+                nllx.patch()
             assert F.cross_entropy is wrapped
             assert "nllx" in _gradient(lambda x: F.cross_entropy(x, _t))[2].lower()
             F.cross_entropy(_x, _t, label_smoothing=-0.5)  # torch's, not in a circle
@@ -313,3 +319,181 @@ def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
     assert type(nllx.convert(torch.nn.NLLLoss())) is nllx.NLLLoss
     assert "the module itself" in capsys.readouterr().out
     assert_close(copy.deepcopy(net)(_x, _t), plain(_x, _t))
+
+
+def test_a_replacement_from_before_is_taken_away() -> None:
+    """unittest.mock puts back what it found, which is torch's function and no wrapper of nllx's."""
+    before = mock.patch.object(F, "cross_entropy", side_effect=F.cross_entropy)
+    before.start()
+    nllx.patch()
+    before.stop()
+    for _ in range(2):
+        nllx.patch_report(reset=True)
+        nllx.patch()
+        F.cross_entropy(_x, _t)
+        assert nllx.patch_report()["cross_entropy"] == {"nllx": 1}
+        nllx.unpatch()
+        assert _is_torchs()
+
+
+def test_graphs_do_not_depend_on_the_depth_of_blocks() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: F.cross_entropy(x, _t), backend=backend, fullgraph=True)
+
+    def run(depth: int) -> None:
+        if depth:
+            with nllx.patched():
+                assert_close(compiled(_x), F.cross_entropy(_x, _t))
+                run(depth - 1)
+
+    run(12)
+    compiled(_x)
+    assert len(graphs) == 2  # patched and not
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "module", [torch.nn.CrossEntropyLoss(), torch.nn.NLLLoss(), torch.nn.LogSoftmax(1)], ids=lambda m: type(m).__name__
+)
+def test_script_compiles_torchs_function(module: torch.nn.Module) -> None:
+    arguments = (_x,) if isinstance(module, torch.nn.LogSoftmax) else (_x, _t)
+    with nllx.patched():
+        assert_close(torch.jit.script(module)(*arguments), module(*arguments))
+    assert_close(torch.jit.script(module)(*arguments), module(*arguments))
+
+
+def test_functions_are_pickled_as_torchs() -> None:
+    with nllx.patched():
+        loaded = pickle.loads(pickle.dumps(F.cross_entropy))
+        assert loaded is F.cross_entropy
+        file = io.BytesIO()
+        torch.save({"loss": F.cross_entropy}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)["loss"] is _TORCH["cross_entropy"]
+
+
+class _Doubled(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is _TORCH["cross_entropy"] else result
+
+
+def test_modes_see_torchs_function_alone() -> None:
+    expected = F.cross_entropy(_x, _t)
+    with nllx.patched(), _Doubled() as mode:
+        actual = F.cross_entropy(_x, _t)
+    assert_close(actual, 2 * expected)
+    assert mode.seen[0] is _TORCH["cross_entropy"]
+    assert nllx.patch_report()["cross_entropy"] == {"a TorchFunctionMode": 1}
+
+
+def test_default_devices_stay_on_nllx() -> None:
+    with nllx.patched(), torch.device("cpu"):
+        F.cross_entropy(_x, _t)
+    assert nllx.patch_report()["cross_entropy"] == {"nllx": 1}
+
+
+class _Handled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (
+            "handled"
+            if function in _TORCH.values()
+            else super().__torch_function__(function, types, args, kwargs or {})
+        )
+
+
+@pytest.mark.parametrize("place", ["input", "target", "weight"])
+def test_subclasses_anywhere_handle_torchs_function(place: str) -> None:
+    arguments = {"input": _x, "target": _t, "weight": _w}
+    arguments[place] = arguments[place].as_subclass(_Handled)
+    with nllx.patched():
+        assert F.cross_entropy(**arguments) == "handled"
+        assert F.nll_loss(**arguments) == "handled"
+
+
+@pytest.mark.parametrize("smoothing", [-1, np.float32(-0.1), torch.tensor(-0.1), -0.5, float("nan")])
+def test_smoothing_below_zero_is_torchs(smoothing: Any) -> None:
+    expected = F.cross_entropy(_x, _t, label_smoothing=smoothing)
+    with nllx.patched():
+        assert_close(F.cross_entropy(_x, _t, label_smoothing=smoothing), expected)
+    assert nllx.patch_report()["cross_entropy"] == {"label_smoothing below 0": 1}
+
+
+def test_sparse_probabilities_are_torchs() -> None:
+    sparse = _x.softmax(1).to_sparse()
+    expected = F.cross_entropy(_x, sparse)
+    with nllx.patched():
+        assert_close(F.cross_entropy(_x, sparse), expected)
+    assert nllx.patch_report()["cross_entropy"] == {"layout torch.sparse_coo": 1}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize(
+    "options", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}]
+)
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_deprecated_reductions(name: str, options: dict[str, bool]) -> None:
+    expected = getattr(F, name)(_x, _t, _w, **options)
+    with nllx.patched():
+        assert_close(getattr(F, name)(_x, _t, _w, **options), expected)
+    assert nllx.patch_report()[name] == {"nllx": 1}
+
+
+def test_bodies_that_run_later_are_not_decorated() -> None:
+    def generator() -> Iterator[int]:
+        yield 1
+
+    async def coroutine() -> None: ...
+
+    for function in (generator, coroutine):
+        with pytest.raises(TypeError, match=r"runs after the call; write `with nllx.patched\(\):` inside"):
+            nllx.patched()(function)
+
+    @nllx.patched()
+    def plain() -> bool:
+        return _is_torchs()
+
+    assert not plain()
+    assert _is_torchs()
+
+
+def test_convert_leaves_replaced_forwards(capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.ModuleDict({"hooked": torch.nn.CrossEntropyLoss(), "plain": torch.nn.CrossEntropyLoss()})
+    model["hooked"].forward = functools.partial(model["hooked"].forward)
+    model["old"] = torch.nn.NLLLoss2d()
+    nllx.convert(model)
+    assert [type(model[name]) for name in model] == [
+        torch.nn.CrossEntropyLoss,
+        nllx.CrossEntropyLoss,
+        torch.nn.NLLLoss2d,
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "nllx.convert: hooked: CrossEntropyLoss() is left as it is, since its forward has been replaced",
+        "nllx.convert: plain: CrossEntropyLoss()",
+    ]
+
+
+def test_counts_of_many_threads_add_up() -> None:
+    with nllx.patched(), concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: [F.cross_entropy(_x, _t) for _ in range(200)], range(16)))
+    assert nllx.patch_report()["cross_entropy"] == {"nllx": 3200}
+
+
+def test_onnx_gets_torchs_operators() -> None:
+    with mock.patch("torch.onnx.is_in_onnx_export", return_value=True), nllx.patched():
+        graph = torch.jit.trace(lambda x: F.log_softmax(x, 1), _x).graph
+    assert "nllx" not in str(graph)
+    assert "aten::log_softmax" in str(graph)
