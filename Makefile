@@ -35,7 +35,7 @@ test: build
 
 integrations: build
 	@$(setup) dev integrations
-	@$(run) -m pytest tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
+	@export NLLX_REQUIRE_INTEGRATIONS=1 && $(run) -m pytest tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
 
 docs: build
 	@$(setup) dev docs

@@ -6,6 +6,7 @@ are sums, divided by the number of tokens of the whole batch.
     python examples/data_parallel.py
 """
 
+import contextlib
 import os
 import tempfile
 
@@ -43,9 +44,10 @@ def train(rank: int, processes: int, device: torch.device) -> list[float]:
         total = torch.zeros((), device=device)
         mine = (t.chunk(processes)[rank].chunk(PARTS) for t in (tokens, target))
         for number, (x, y) in enumerate(zip(*mine, strict=True), 1):
-            model.require_backward_grad_sync = number == PARTS  # gradients are exchanged once for all parts
-            loss = criterion(model(x), y) / count
-            (loss * processes).backward()  # DistributedDataParallel takes the mean over processes
+            # Gradients are exchanged once for all parts, and DistributedDataParallel takes their mean over the processes.
+            with contextlib.nullcontext() if number == PARTS else model.no_sync():
+                loss = criterion(model(x), y) / count
+                (loss * processes).backward()
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
@@ -56,7 +58,7 @@ def train(rank: int, processes: int, device: torch.device) -> list[float]:
 
 def process(rank: int, processes: int, folder: str) -> None:
     """One process of `processes`; the first saves the loss of each step."""
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= processes
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= PROCESSES
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the processes are on one machine

@@ -44,6 +44,13 @@ find_cuobjdump() {
     export PATH=$tools/nvidia/cu13/bin:$PATH
 }
 
+# The sources as they are now; what was built of them before stays for the next build.
+copy_tree() {
+    mkdir -p "$tree"
+    find "$tree" -mindepth 1 -maxdepth 1 -not -name build -exec rm -rf {} +
+    tar -cf - --exclude='./.*' --exclude=./build --exclude=__pycache__ --exclude='*.so' . | tar -xf - -C "$tree"
+}
+
 run_build() {
     local free
     free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
@@ -52,9 +59,7 @@ run_build() {
         python tools/check_cuda_kernels.py --host
         return
     fi
-    mkdir -p "$tree"
-    find "$tree" -mindepth 1 -maxdepth 1 -not -name build -exec rm -rf {} +
-    tar -cf - --exclude='./.*' --exclude=./build --exclude=__pycache__ --exclude='*.so' . | tar -xf - -C "$tree"
+    copy_tree
     (
         export VIRTUAL_ENV=$environment TORCH=$TORCH_WITH_CUDA NLLX_WITHOUT_CUDA=0 MAX_JOBS=${MAX_JOBS:-2}
         unset CC CXX
@@ -75,10 +80,12 @@ assert info["cuda"] == torch.version.cuda, info'
 
 # In that environment because torchvision, which some of the libraries need, has no build for every build of torch.
 run_integrations() {
-    if [ ! -e "$tree/build/extension.stamp" ]; then
-        echo "Not run: there is no CUDA build (stage build)."
+    if [ ! -e "$environment/nllx-requirements/dev.txt" ]; then
+        echo "There is no $environment (stage build): the environment of the other tests is taken."
+        make integrations
         return
     fi
+    copy_tree
     (
         export VIRTUAL_ENV=$environment TORCH=$TORCH_WITH_CUDA NLLX_WITHOUT_CUDA=0 MAX_JOBS=${MAX_JOBS:-2}
         unset CC CXX
@@ -97,12 +104,13 @@ run_on_cpu() {
 }
 
 find_nvcc
+[ $# -gt 0 ] || { echo "cuda_check.sh: name a stage: build, integrations, kernels, on-cpu" >&2 && exit 2; }
 for stage in "$@"; do
     case $stage in
     build) run_build ;;
     integrations) run_integrations ;;
     kernels) run_kernels ;;
     on-cpu) run_on_cpu ;;
-    *) echo "cuda_check.sh: no stage '$stage' (build, kernels, on-cpu)" >&2 && exit 2 ;;
+    *) echo "cuda_check.sh: no stage '$stage' (build, integrations, kernels, on-cpu)" >&2 && exit 2 ;;
     esac
 done

@@ -114,7 +114,7 @@ elif [ -z "$torch" ] || older "${torch%% *}" $MINIMUM_TORCH; then
 fi
 torch=$(describe_torch)
 
-# What was installed is remembered as the text of the requirement files. What others require never changes torch, for which
+# What was installed is remembered as torch's version and the text of the requirement files. What others require never changes torch, for which
 # the extension is built; torchvision comes in the version that fits it.
 mkdir -p "$environment/nllx-requirements" build
 constraints=$environment/nllx-requirements/constraints
@@ -122,9 +122,9 @@ torch_version=${torch%% *}
 echo "torch==${torch_version%%+*}" >"$constraints"
 for group in "$@"; do
     stamp=$environment/nllx-requirements/$group.txt
-    if ! cat requirements/*.txt | cmp -s - "$stamp"; then
+    if ! cat "$constraints" requirements/*.txt | cmp -s - "$stamp"; then
         pip_install "requirements/$group.txt" -c "$constraints" -r "requirements/$group.txt"
-        cat requirements/*.txt >"$stamp"
+        cat "$constraints" requirements/*.txt >"$stamp"
     fi
 done
 

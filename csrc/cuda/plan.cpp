@@ -36,8 +36,8 @@ int64_t power_of_two_from(int64_t n) {
   return p;
 }
 
-// Chunks of whole groups of rows, as many as the last block can add at no cost. A function of the problem alone: the
-// sum is the same on every device.
+// Chunks of whole groups of rows, as many as the last block can add at no cost. For rows a function of the problem
+// alone, so that the sum is the same on every device; for planes the groups depend on the number of multiprocessors.
 void cut(CudaPlan& plan, int64_t rows) {
   const int64_t groups = divide_up(std::max<int64_t>(rows, 1), plan.rows_at_once);
   plan.rows_per_chunk = plan.rows_at_once * divide_up(groups, kMostChunks);

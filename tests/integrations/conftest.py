@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from pathlib import Path
@@ -14,8 +15,16 @@ os.environ.update(
 )
 
 
+# What has to be there where the tests are not to be skipped: `make integrations`, and so CI.
+if os.environ.get("NLLX_REQUIRE_INTEGRATIONS") == "1":
+    for _name in ("transformers", "accelerate", "lightning", "torchmetrics", "timm", "segmentation_models_pytorch"):
+        importlib.import_module(_name)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return None if any("integrations" in argument for argument in config.args) else True
+    here = Path(__file__).resolve().parent
+    named = (Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args)
+    return None if any(path == here or here in path.parents for path in named) else True
 
 
 @pytest.fixture(autouse=True)

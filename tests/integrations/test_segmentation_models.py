@@ -18,15 +18,15 @@ _CLASSES, _IGNORED = 5, 255
 
 
 def _unet() -> torch.nn.Module:
-    """In float64: batch normalization over the few pixels of its deepest layer makes much of the rounding of float32."""
+    """In float64: batch normalization over the few pixels of its deepest layer amplifies the rounding of float32."""
     return smp.Unet("resnet18", encoder_weights=None, classes=_CLASSES).double()
 
 
 def _batch(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(_CLASSES, (2, 32, 32), generator=generator)
+    target = torch.randint(_CLASSES, (2, 64, 64), generator=generator)
     target[:, :5] = _IGNORED
-    return torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=generator), target
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator), target
 
 
 def _by(criterion: Any) -> Any:
@@ -43,7 +43,7 @@ def _ours(smoothing: float) -> Any:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_loss_and_gradient_are_theirs(smoothing: float, layout: torch.memory_format) -> None:
     theirs = smp.losses.SoftCrossEntropyLoss(smooth_factor=smoothing, ignore_index=_IGNORED)
-    logits = torch.randn(2, _CLASSES, 32, 32, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    logits = torch.randn(2, _CLASSES, 64, 64, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     target = _batch(0)[1]
     values = [criterion(logits, target) for criterion in (theirs, _ours(smoothing))]
     assert_close(values[1], values[0])
