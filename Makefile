@@ -10,12 +10,13 @@ workers := -n auto --maxprocesses 4 --timeout 600 --timeout-method thread
 
 cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test integrations docs examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
+.PHONY: help demo test integrations torture docs examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
 
 help:
 	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
 	@echo "make test        run the tests (ARGS='-k word' is passed to pytest)"
 	@echo "make integrations train models of transformers, Lightning, timm and others with torch's losses and nllx's"
+	@echo "make torture     the long part of the attacks (tests/torture, tests/fuzz): an hour, 16 GiB of memory"
 	@echo "make docs        build the documentation as a site, into build/docs"
 	@echo "make build       build the extension in place"
 	@echo "make examples    run every file of examples/"
@@ -36,6 +37,11 @@ test: build
 integrations: build
 	@$(setup) dev integrations
 	@export NLLX_REQUIRE_INTEGRATIONS=1 && $(run) -m pytest tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
+
+torture: build
+	@export NLLX_TORTURE=long && $(run) -m pytest tests/torture -s $(ARGS)
+	@bash tools/fuzz.sh address 900
+	@bash tools/fuzz.sh thread 300
 
 docs: build
 	@$(setup) dev docs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ _MARK = rb"NLLX_TORCH_VERSION=([0-9A-Za-z.+_-]+)"
 
 def _torch_built_against(binary: str) -> str | None:
     """The torch version that a binary was built against, read from the file without loading it."""
+    if os.path.getsize(binary) == 0:  # which cannot be mapped
+        return None
     with open(binary, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = re.search(_MARK, content)
         return found.group(1).decode() if found else None

@@ -1,0 +1,743 @@
+// Fuzzes the CPU kernels of every capability that this CPU has, below torch: a problem is made of bytes, its arrays lie
+// in heap blocks of exactly their size, and each kernel's results are compared with the definition in double precision.
+//
+// With clang's -fsanitize=fuzzer bytes come from libFuzzer, guided by coverage. With -DNLLX_STANDALONE there is a
+// main() that makes them at random:
+//
+//   fuzz_cpu_kernels SECONDS [SEED]
+//
+// With -DNLLX_THREADS the chunks of a problem run on three threads at once, for the thread sanitizer. tools/fuzz.sh
+// builds and runs all three.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#ifdef NLLX_THREADS
+#include <thread>
+#endif
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/online_softmax.h"
+
+namespace {
+
+using namespace nllx;
+
+unsigned long long this_run = 0, this_seed = 0;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "fuzz_cpu_kernels: run %llu of seed %llu: %s\n", this_run, this_seed, what.c_str());
+  std::abort();
+}
+
+// Numbers from bytes; zeros when they are used up.
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+  uint8_t byte() {
+    if (at_ == size_) return 0;
+    return data_[at_++];
+  }
+  uint64_t word() {
+    uint64_t w = 0;
+    for (int i = 0; i < 8; ++i) w = w << 8 | byte();
+    return w;
+  }
+  int64_t below(int64_t n) {
+    return n <= 1 ? 0 : static_cast<int64_t>((byte() << 8 | byte()) % static_cast<uint64_t>(n));
+  }
+  bool flip() { return byte() & 1; }
+  bool left() const { return at_ < size_; }
+
+ private:
+  const uint8_t* data_;
+  size_t size_, at_ = 0;
+};
+
+// Many values from a few bytes.
+class Stream {
+ public:
+  explicit Stream(uint64_t seed) : state_(seed * 2654435769u + 1) {}
+  uint64_t next() {  // xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift generators", 2016)
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return state_ * 2685821657736338717u;
+  }
+  double unit() { return static_cast<double>(next() >> 11) * 0x1p-53; }
+
+ private:
+  uint64_t state_;
+};
+
+uint16_t to_bfloat16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (v != v) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_bfloat16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+float from_float16(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  float v = exponent == 31
+                ? (fraction ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity())
+            : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                            : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return h & 0x8000 ? -v : v;
+}
+// Rounds to nearest, ties to even.
+uint16_t to_float16(float v) {
+  const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
+  const float a = std::fabs(v);
+  if (v != v) return 0x7e00;
+  if (a >= 65520.f) return sign | 0x7c00;
+  int exponent;
+  std::frexp(a, &exponent);
+  const int shift = std::max(exponent - 11, -24);
+  const auto units = static_cast<int64_t>(std::nearbyint(std::ldexp(a, -shift)));
+  if (shift == -24) return static_cast<uint16_t>(sign | units);
+  return static_cast<uint16_t>(sign + ((shift + 24) << 10) + units);
+}
+
+size_t bytes_of(FloatType type) { return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2; }
+double epsilon_of(FloatType type) {
+  return type == FloatType::kFloat64    ? 0x1p-52
+         : type == FloatType::kFloat32  ? 0x1p-23
+         : type == FloatType::kBFloat16 ? 0x1p-7
+                                        : 0x1p-10;
+}
+
+// A heap block of exactly the bytes that an array needs, behind up to 15 elements that make it misaligned.
+class Array {
+ public:
+  Array(FloatType type, Extent e, Strides s, int64_t shift)
+      : type_(type), extent_(e), strides_(s), shift_(shift), size_(window(e, s)) {
+    const size_t total = static_cast<size_t>(size_ + shift_) * bytes_of(type_);
+    block_.reset(std::malloc(total ? total : 1));
+    std::memset(block_.get(), 0xAB, total);
+    touched_.assign(static_cast<size_t>(size_), false);
+    for (int64_t o = 0; o < e.outer; ++o)
+      for (int64_t c = 0; c < e.classes; ++c)
+        for (int64_t i = 0; i < e.inner; ++i) touched_[static_cast<size_t>(at(o, c, i))] = true;
+  }
+  static int64_t window(Extent e, Strides s) {
+    if (e.outer < 1 || e.classes < 1 || e.inner < 1) return 0;
+    return 1 + (e.outer - 1) * s.outer + (e.classes - 1) * s.classes + (e.inner - 1) * s.inner;
+  }
+  void* data() { return static_cast<uint8_t*>(block_.get()) + static_cast<size_t>(shift_) * bytes_of(type_); }
+  int64_t at(int64_t o, int64_t c, int64_t i) const {
+    return o * strides_.outer + c * strides_.classes + i * strides_.inner;
+  }
+  double get(int64_t index) {
+    switch (type_) {
+      case FloatType::kFloat64:
+        return static_cast<double*>(data())[index];
+      case FloatType::kFloat32:
+        return static_cast<float*>(data())[index];
+      case FloatType::kBFloat16:
+        return from_bfloat16(static_cast<uint16_t*>(data())[index]);
+      default:
+        return from_float16(static_cast<uint16_t*>(data())[index]);
+    }
+  }
+  double get(int64_t o, int64_t c, int64_t i) { return get(at(o, c, i)); }
+  void set(int64_t index, double value) {
+    switch (type_) {
+      case FloatType::kFloat64:
+        static_cast<double*>(data())[index] = value;
+        break;
+      case FloatType::kFloat32:
+        static_cast<float*>(data())[index] = static_cast<float>(value);
+        break;
+      case FloatType::kBFloat16:
+        static_cast<uint16_t*>(data())[index] = to_bfloat16(static_cast<float>(value));
+        break;
+      default:
+        static_cast<uint16_t*>(data())[index] = to_float16(static_cast<float>(value));
+    }
+  }
+  void set_bits(int64_t index, uint64_t bits) {
+    std::memcpy(static_cast<uint8_t*>(data()) + static_cast<size_t>(index) * bytes_of(type_), &bits, bytes_of(type_));
+  }
+  int64_t size() const { return size_; }
+  Strides strides() const { return strides_; }
+  void copy_from(Array& other) { std::memcpy(data(), other.data(), static_cast<size_t>(size_) * bytes_of(type_)); }
+  // What lies between the elements, and in front of them, is as it was.
+  void check_gaps(const char* name) {
+    const auto* first = static_cast<uint8_t*>(block_.get());
+    for (size_t b = 0; b < static_cast<size_t>(shift_) * bytes_of(type_); ++b) {
+      if (first[b] != 0xAB) fail(std::string(name) + " was written before its beginning");
+    }
+    for (int64_t index = 0; index < size_; ++index) {
+      if (touched_[static_cast<size_t>(index)]) continue;
+      const auto* element = static_cast<uint8_t*>(data()) + static_cast<size_t>(index) * bytes_of(type_);
+      for (size_t b = 0; b < bytes_of(type_); ++b) {
+        if (element[b] != 0xAB) fail(std::string(name) + " was written between its elements");
+      }
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  FloatType type_;
+  Extent extent_;
+  Strides strides_;
+  int64_t shift_, size_;
+  std::unique_ptr<void, Free> block_;
+  std::vector<bool> touched_;
+};
+
+struct Capability {
+  const char* name;
+  const CpuKernels* kernels;
+};
+
+std::vector<Capability> capabilities() {
+  std::vector<Capability> all{{"default", &default_capability::kernels}};
+#ifdef NLLX_HAS_X86_CAPABILITIES
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) all.push_back({"avx2", &avx2::kernels});
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    all.push_back({"avx512", &avx512::kernels});
+  }
+#endif
+  return all;
+}
+
+// Strides of an array in a layout: dense, or with gaps; for what is only read also 0 and overlapping.
+Strides strides_of(Bytes& in, Layout layout, const Extent& e, bool only_read) {
+  Strides s;
+  const int64_t gap = in.flip() ? in.below(9) : 0;
+  if (layout == Layout::kRows) {
+    s = {0, 1, e.classes + gap};
+    s.outer = e.inner * s.inner + (in.flip() ? in.below(5) : 0);
+    if (in.flip()) {  // (inner, outer, classes) in memory
+      s.outer = e.classes + gap;
+      s.inner = e.outer * s.outer;
+    }
+  } else {
+    s = {0, e.inner + gap, 1};
+    s.outer = e.classes * s.classes + (in.flip() ? in.below(5) : 0);
+  }
+  if (only_read && in.below(8) == 0) {
+    s.outer = in.below(3);
+    if (layout == Layout::kRows) s.inner = in.below(3);
+    if (layout == Layout::kPlanes) s.classes = in.below(3);
+  }
+  return s;
+}
+
+enum class Values { kTame, kWide, kSpecial, kBits };
+
+// Returns whether all values are finite and moderate, so that results can be compared.
+void fill(Array& a, Values values, Stream& random, bool probabilities, FloatType type) {
+  static constexpr double kSpecial[] = {0.,
+                                        -0.,
+                                        1.,
+                                        -1.,
+                                        std::numeric_limits<double>::infinity(),
+                                        -std::numeric_limits<double>::infinity(),
+                                        std::numeric_limits<double>::quiet_NaN(),
+                                        1e-310,
+                                        -1e-40,
+                                        6e-8,
+                                        3.4e38,
+                                        -3.4e38,
+                                        1e308,
+                                        -1e308,
+                                        65504.,
+                                        -65504.};
+  for (int64_t i = 0; i < a.size(); ++i) {
+    const double u = random.unit();
+    if (values == Values::kBits) {
+      a.set_bits(i, random.next());
+    } else if (values == Values::kSpecial && random.next() % 4 == 0) {
+      a.set(i, kSpecial[random.next() % (sizeof kSpecial / sizeof *kSpecial)]);
+    } else if (probabilities) {
+      a.set(i, u);
+    } else {
+      a.set(i, (2 * u - 1) * (values == Values::kWide ? (type == FloatType::kFloat16 ? 2e4 : 1e5) : 8));
+    }
+  }
+}
+
+struct Problem {
+  FloatType type;
+  Layout layout;
+  Extent extent;
+  Values values;
+  bool acc64, in_range;
+  int64_t size() const { return extent.outer * extent.classes * extent.inner; }
+};
+
+Problem decode(Bytes& in) {
+  Problem p;
+  p.type = static_cast<FloatType>(in.below(4));
+  p.acc64 = p.type == FloatType::kFloat64;
+  p.layout = in.flip() ? Layout::kRows : Layout::kPlanes;
+  static constexpr int64_t kClasses[] = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128, 255, 256, 257, 1000};
+  const int64_t kind = in.below(8);
+  p.extent.classes = kind < 5   ? kClasses[in.below(sizeof kClasses / sizeof *kClasses)]
+                     : kind < 7 ? in.below(600)
+                                : 15000 + in.below(20000);
+  p.extent.outer = in.below(6);
+  p.extent.inner = p.layout == Layout::kPlanes ? in.below(in.flip() ? 40 : 1200) : in.flip() ? 1 : in.below(200);
+  while (p.size() > 40000) {  // several chunks, and a run of microseconds
+    if (p.extent.inner > 1) {
+      p.extent.inner /= 2;
+    } else if (p.extent.outer > 1) {
+      --p.extent.outer;
+    } else {
+      break;
+    }
+  }
+  p.values = static_cast<Values>(in.below(4));
+  p.in_range = in.below(4) != 0;
+  return p;
+}
+
+void fill_indices(std::vector<uint8_t>& bytes, IndexType type, int64_t rows, int64_t classes, bool in_range,
+                  Stream& random, int64_t ignore_index) {
+  const size_t width = type == IndexType::kInt64   ? 8
+                       : type == IndexType::kInt32 ? 4
+                       : type == IndexType::kInt16 ? 2
+                                                   : 1;
+  bytes.assign(static_cast<size_t>(rows) * width, 0);
+  for (int64_t row = 0; row < rows; ++row) {
+    uint64_t y = random.next();
+    if (in_range) {
+      // What the dtype cannot hold wraps, and may be out of range: that is part of the game.
+      y = random.next() % 8 == 0 ? static_cast<uint64_t>(ignore_index)
+                                 : y % static_cast<uint64_t>(std::max<int64_t>(classes, 1));
+    } else if (random.next() % 2) {
+      static constexpr int64_t kEnds[] = {-1, 0, INT64_MAX, INT64_MIN, INT32_MAX, INT32_MIN, 255, 256};
+      const uint64_t pick = random.next() % 10;
+      y = pick < 8 ? static_cast<uint64_t>(kEnds[pick]) : static_cast<uint64_t>(classes) - (pick - 8);
+    }
+    std::memcpy(&bytes[static_cast<size_t>(row) * width], &y, width);
+  }
+}
+
+bool near(double actual, double expected, double tolerance) {
+  if (std::isnan(expected) || std::isnan(actual)) return std::isnan(expected) && std::isnan(actual);
+  return std::fabs(actual - expected) <= tolerance || actual == expected;
+}
+
+// In more digits than any kernel has.
+using Exact = long double;
+
+Exact log_sum_exp(Array& x, const Extent& e, int64_t o, int64_t i) {
+  Exact m = -std::numeric_limits<Exact>::infinity(), sum = 0;
+  for (int64_t c = 0; c < e.classes; ++c) m = std::max(m, static_cast<Exact>(x.get(o, c, i)));
+  for (int64_t c = 0; c < e.classes; ++c) sum += std::exp(x.get(o, c, i) - m);
+  return m + std::log(sum);
+}
+
+// body(k) for each k below count, as torch's pool does it: every k once, on any thread.
+template <typename Body>
+void for_each(int64_t count, const Body& body) {
+#ifdef NLLX_THREADS
+  std::vector<std::thread> threads;
+  for (int64_t first = 0; first < 3; ++first) {
+    threads.emplace_back([&, first] {
+      for (int64_t k = first; k < count; k += 3) body(k);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+#else
+  for (int64_t k = 0; k < count; ++k) body(k);
+#endif
+}
+
+template <typename Body>
+ChunkResult sum_over(const Chunks& chunks, const Body& body) {
+  std::vector<ChunkResult> results(static_cast<size_t>(chunks.count));
+  for_each(chunks.count, [&](int64_t chunk) { body(chunk, results[static_cast<size_t>(chunk)]); });
+  ChunkResult total;
+  for (const ChunkResult& r : results) {
+    total.loss += r.loss;
+    total.weight += r.weight;
+    if (total.bad_target < 0) total.bad_target = r.bad_target;
+  }
+  return total;
+}
+
+ChunkResult run_forward(const CpuKernels& kernels, const CrossEntropyForward& p, int type) {
+  const Chunks chunks(p.extent, p.layout, true);
+  if (chunks.segments == 1) {
+    return sum_over(chunks,
+                    [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
+  }
+  std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
+  for_each(chunks.units, [&](int64_t unit) {
+    kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
+  });
+  ChunkResult total;
+  for (int64_t row = 0; row < p.extent.rows(); ++row) {
+    kernels.cross_entropy_forward_merge[type](p, row, &parts[static_cast<size_t>(row * chunks.segments)],
+                                              chunks.segments, total);
+  }
+  return total;
+}
+
+template <typename P, typename Kernel>
+ChunkResult run(const P& p, const Chunks& chunks, Kernel kernel) {
+  return sum_over(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
+}
+
+std::string describe(const Problem& p, const char* capability, const char* what) {
+  char text[256];
+  std::snprintf(text, sizeof text, "%s: %s, type %d, %s, (%lld, %lld, %lld), values %d", what, capability,
+                static_cast<int>(p.type), p.layout == Layout::kRows ? "rows" : "planes",
+                static_cast<long long>(p.extent.outer), static_cast<long long>(p.extent.classes),
+                static_cast<long long>(p.extent.inner), static_cast<int>(p.values));
+  return text;
+}
+
+void expect(bool good, const Problem& p, const char* capability, const char* what, double actual = 0,
+            double expected = 0) {
+  if (good) return;
+  char numbers[96];
+  std::snprintf(numbers, sizeof numbers, ": %.17g, expected %.17g", actual, expected);
+  fail(describe(p, capability, what) + numbers);
+}
+
+void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all) {
+  const Extent& e = p.extent;
+  const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
+  const int type = static_cast<int>(p.type);
+  const int64_t rows = e.rows();
+  Stream random(in.word());
+  Array logits(p.type, e, strides_of(in, p.layout, e, true), in.below(16));
+  fill(logits, p.values, random, false, p.type);
+
+  Targets t;
+  static constexpr int64_t kIgnored[] = {-100, 0, 1, 255, -1, INT64_MIN, INT64_MAX, 1 << 20};
+  t.ignore_index = kIgnored[in.below(8)];
+  static constexpr double kSmoothing[] = {0, 0, 0.1, 1, 0.5};
+  t.label_smoothing = kSmoothing[in.below(5)];
+  t.zero_divisor = in.flip() ? 0 : 1;
+  std::vector<uint8_t> indices;
+  std::unique_ptr<Array> probabilities;
+  if (in.below(3) == 0) {
+    t.probabilities_are_acc = in.flip() && acc != p.type;
+    const FloatType element = t.probabilities_are_acc ? acc : p.type;
+    probabilities = std::make_unique<Array>(element, e, strides_of(in, p.layout, e, true), in.below(16));
+    fill(*probabilities, p.values == Values::kWide ? Values::kTame : p.values, random, true, element);
+    t.probabilities = probabilities->data();
+    t.probability_strides = probabilities->strides();
+  } else {
+    t.index_type = static_cast<IndexType>(in.below(5));
+    fill_indices(indices, t.index_type, rows, e.classes, p.in_range, random, t.ignore_index);
+    t.index = indices.data();
+  }
+  Array weight(acc, {1, e.classes, 1}, {0, 1, 0}, 0);
+  Array weight_sum(acc, {1, 1, 1}, {0, 1, 0}, 0);
+  if (in.below(3) == 0) {
+    fill(weight, p.values == Values::kWide ? Values::kTame : p.values, random, true, acc);
+    double sum = 0;
+    for (int64_t c = 0; c < e.classes; ++c) sum += weight.get(c);
+    weight_sum.set(0, sum);
+    t.weight = weight.data();
+    t.weight_sum = weight_sum.data();
+  }
+  const bool in_place = in.flip(), stream = in.flip(), per_row = in.flip();
+  const bool row_loss_is_acc = in.flip() || acc == p.type;
+  const Strides written = strides_of(in, p.layout, e, false);
+  const int64_t shift = in.below(16);
+  const bool comparable = p.values == Values::kTame || (p.values == Values::kWide && !probabilities);
+
+  // The definition: coefficients a_c of -log softmax.
+  const auto coefficient = [&](int64_t o, int64_t c, int64_t i, int64_t y) -> Exact {
+    const Exact w = t.weight ? weight.get(c) : 1, smooth = Exact{t.label_smoothing} / static_cast<Exact>(e.classes);
+    if (probabilities) return w * ((1 - t.label_smoothing) * probabilities->get(o, c, i) + smooth);
+    return w * ((c == y ? 1 - t.label_smoothing : 0) + smooth);
+  };
+  int64_t first_bad = -1;
+  double total_weight = 0;
+  for (int64_t row = 0; row < rows && t.index; ++row) {
+    const int64_t y = load_index(t.index, t.index_type, row);
+    if (y == t.ignore_index) continue;
+    if (!is_class(y, e.classes)) {
+      if (first_bad < 0) first_bad = row;
+    } else {
+      total_weight += t.weight ? weight.get(y) : 1;
+    }
+  }
+
+  for (const Capability& capability : all) {
+    Array row_loss(row_loss_is_acc ? acc : p.type, {1, rows, 1}, {0, 1, 0}, 0);
+    Array stats(acc, {1, 2 * rows, 1}, {0, 1, 0}, 0);
+    CrossEntropyForward f;
+    f.extent = e;
+    f.layout = p.layout;
+    f.logits = logits.data();
+    f.logits_strides = logits.strides();
+    f.targets = t;
+    f.row_loss = per_row ? row_loss.data() : nullptr;
+    f.row_loss_is_acc = row_loss_is_acc;
+    f.row_stats = stats.data();
+    if (rows == 0) continue;
+    const ChunkResult total = run_forward(*capability.kernels, f, type);
+    if (t.index)
+      expect(total.bad_target == first_bad, p, capability.name, "first target out of range",
+             static_cast<double>(total.bad_target), static_cast<double>(first_bad));
+    if (t.index && first_bad >= 0) continue;  // the operators raise
+    Exact sum = 0, scale = 0;
+    for (int64_t row = 0; row < rows && comparable && e.classes > 0; ++row) {
+      const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
+      if (t.index && y == t.ignore_index) {
+        if (per_row) expect(row_loss.get(row) == 0, p, capability.name, "loss of an ignored row", row_loss.get(row), 0);
+        continue;
+      }
+      const Exact lse = log_sum_exp(logits, e, o, i);
+      Exact exact_loss = 0, size = 0;
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const Exact a = coefficient(o, c, i, y), l = lse - logits.get(o, c, i);
+        exact_loss += a * l;
+        size += std::fabs(a) * (std::fabs(l) + std::fabs(lse));
+      }
+      const auto loss = static_cast<double>(exact_loss);
+      sum += loss;
+      scale += size;
+      const double tolerance = 64 * epsilon_of(acc) * static_cast<double>(1 + size) +
+                               2 * epsilon_of(row_loss_is_acc ? acc : p.type) * std::fabs(loss);
+      if (per_row && std::fabs(loss) < 6e4) {
+        expect(near(row_loss.get(row), loss, tolerance), p, capability.name, "loss of a row", row_loss.get(row), loss);
+      }
+    }
+    if (comparable) {
+      expect(near(total.loss, static_cast<double>(sum), 64 * epsilon_of(acc) * static_cast<double>(1 + scale)), p,
+             capability.name, "sum of losses", total.loss, static_cast<double>(sum));
+      if (t.index) {
+        expect(near(total.weight, total_weight, 1e-6 * (1 + total_weight)), p, capability.name, "sum of weights",
+               total.weight, total_weight);
+      }
+    }
+
+    // Backward: in place, or into an array of its own with other gaps.
+    Array copy(p.type, e, logits.strides(), 3);
+    const bool dense_enough = Array::window(e, logits.strides()) >= p.size();
+    const bool over_logits = in_place && dense_enough;
+    if (over_logits) copy.copy_from(logits);
+    Array gradient(p.type, e, written, shift);
+    Array incoming(acc, {1, per_row ? rows : 1, 1}, {0, 1, 0}, 0);
+    for (int64_t i = 0; i < incoming.size(); ++i) incoming.set(i, 2 * random.unit() - 1);
+    Array divisor(acc, {1, 1, 1}, {0, 1, 0}, 0);
+    divisor.set(0, 7);
+    CrossEntropyBackward b;
+    b.extent = e;
+    b.layout = p.layout;
+    b.logits = over_logits ? copy.data() : logits.data();
+    b.logits_strides = logits.strides();
+    b.targets = t;
+    b.row_stats = stats.data();
+    b.grad_output = incoming.data();
+    b.grad_output_stride = per_row ? 1 : 0;
+    b.total_weight = per_row ? nullptr : divisor.data();
+    b.grad_logits = over_logits ? copy.data() : gradient.data();
+    b.grad_strides = over_logits ? logits.strides() : written;
+    Chunks chunks(e, p.layout, t.index != nullptr);
+    chunks.stream = stream && !over_logits;
+    run(b, chunks, capability.kernels->cross_entropy_backward[type]);
+    if (over_logits) {
+      continue;  // compared with the other by tests/test_inplace.py
+    }
+    gradient.check_gaps("gradient");
+    for (int64_t row = 0; row < rows && comparable && p.values == Values::kTame && e.classes > 0; ++row) {
+      const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
+      const bool ignored = t.index && y == t.ignore_index;
+      const Exact lse = log_sum_exp(logits, e, o, i);
+      const Exact g = incoming.get(per_row ? row : 0) / (per_row ? Exact{1} : Exact{7});
+      Exact mass = 0;
+      for (int64_t c = 0; c < e.classes; ++c) mass += coefficient(o, c, i, y);
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const auto expected = static_cast<double>(
+            ignored ? 0 : g * (mass * std::exp(logits.get(o, c, i) - lse) - coefficient(o, c, i, y)));
+        const double actual = gradient.get(o, c, i);
+        const double tolerance = 64 * epsilon_of(acc) * static_cast<double>(1 + mass) +
+                                 2 * epsilon_of(p.type) * std::fabs(expected) +
+                                 (p.type == FloatType::kFloat16 ? 0x1p-24 : 0);
+        expect(near(actual, expected, tolerance), p, capability.name, "gradient", actual, expected);
+      }
+    }
+  }
+}
+
+void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<Capability>& all) {
+  const Extent& e = p.extent;
+  const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
+  const int type = static_cast<int>(p.type);
+  const int64_t rows = e.rows();
+  if (rows == 0) return;
+  Stream random(in.word());
+  Array log_probs(p.type, e, strides_of(in, p.layout, e, true), in.below(16));
+  fill(log_probs, p.values, random, false, p.type);
+  Targets t;
+  t.ignore_index = in.flip() ? -100 : 1;
+  t.index_type = static_cast<IndexType>(in.below(5));
+  std::vector<uint8_t> indices;
+  fill_indices(indices, t.index_type, rows, e.classes, p.in_range, random, t.ignore_index);
+  t.index = indices.data();
+  Array weight(acc, {1, e.classes, 1}, {0, 1, 0}, 0);
+  if (in.flip()) {
+    fill(weight, Values::kTame, random, true, acc);
+    t.weight = weight.data();
+  }
+  const Strides written = strides_of(in, p.layout, e, false);
+  const int64_t shift = in.below(16);
+  const bool stream = in.flip();
+  for (const Capability& capability : all) {
+    Array row_loss(acc, {1, rows, 1}, {0, 1, 0}, 0);
+    NllLossForward f;
+    f.extent = e;
+    f.log_probs = log_probs.data();
+    f.strides = log_probs.strides();
+    f.targets = t;
+    f.row_loss = row_loss.data();
+    f.row_loss_is_acc = true;
+    Extent gathered = e;
+    gathered.classes = std::min<int64_t>(e.classes, 128);
+    const ChunkResult total = run(f, Chunks(gathered, Layout::kRows), capability.kernels->nll_loss_forward[type]);
+    if (total.bad_target >= 0) continue;
+    for (int64_t row = 0; row < rows && p.values != Values::kBits && p.values != Values::kSpecial; ++row) {
+      const int64_t y = load_index(t.index, t.index_type, row);
+      const double expected =
+          y == t.ignore_index ? 0 : -(t.weight ? weight.get(y) : 1) * log_probs.get(row / e.inner, y, row % e.inner);
+      expect(near(row_loss.get(row), expected, 4 * epsilon_of(acc) * std::fabs(expected)), p, capability.name,
+             "nll_loss of a row", row_loss.get(row), expected);
+    }
+    Array gradient(p.type, e, written, shift);
+    Array incoming(acc, {1, rows, 1}, {0, 1, 0}, 0);
+    for (int64_t i = 0; i < rows; ++i) incoming.set(i, random.unit());
+    NllLossBackward b;
+    b.extent = e;
+    b.layout = p.layout;
+    b.targets = t;
+    b.grad_output = incoming.data();
+    b.grad_output_stride = 1;
+    b.grad_log_probs = gradient.data();
+    b.grad_strides = written;
+    Chunks chunks(e, p.layout);
+    chunks.stream = stream;
+    run(b, chunks, capability.kernels->nll_loss_backward[type]);
+    gradient.check_gaps("gradient of nll_loss");
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t y = load_index(t.index, t.index_type, row);
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const double expected = c == y && y != t.ignore_index ? -incoming.get(row) * (t.weight ? weight.get(y) : 1) : 0;
+        const double actual = gradient.get(row / e.inner, c, row % e.inner);
+        expect(near(actual, expected, 2 * epsilon_of(p.type) * std::fabs(expected) + 0x1p-24), p, capability.name,
+               "gradient of nll_loss", actual, expected);
+      }
+    }
+  }
+}
+
+void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>& all) {
+  const Extent& e = p.extent;
+  if (p.size() == 0) return;
+  const int type = static_cast<int>(p.type);
+  const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
+  Stream random(in.word());
+  Array x(p.type, e, strides_of(in, p.layout, e, true), in.below(16));
+  Array incoming(p.type, e, strides_of(in, p.layout, e, true), in.below(16));
+  fill(x, p.values, random, false, p.type);
+  fill(incoming, p.values, random, false, p.type);
+  const Strides written = strides_of(in, p.layout, e, false), written_back = strides_of(in, p.layout, e, false);
+  const int64_t shift = in.below(16);
+  const bool stream = in.flip();
+  for (const Capability& capability : all) {
+    Array y(p.type, e, written, shift), gradient(p.type, e, written_back, shift);
+    Chunks chunks(e, p.layout);
+    chunks.stream = stream;
+    const LogSoftmaxForward f{e, p.layout, x.data(), x.strides(), y.data(), written};
+    for_each(chunks.count, [&](int64_t chunk) { capability.kernels->log_softmax_forward[type](f, chunks, chunk); });
+    y.check_gaps("log_softmax");
+    const LogSoftmaxBackward b{e,        p.layout, incoming.data(), incoming.strides(),
+                               y.data(), written,  gradient.data(), written_back};
+    for_each(chunks.count, [&](int64_t chunk) { capability.kernels->log_softmax_backward[type](b, chunks, chunk); });
+    gradient.check_gaps("gradient of log_softmax");
+    if (p.values != Values::kTame) continue;
+    for (int64_t row = 0; row < e.rows(); ++row) {
+      const int64_t o = row / e.inner, i = row % e.inner;
+      const Exact lse = log_sum_exp(x, e, o, i);
+      double sum = 0, size = 0;
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const auto expected = static_cast<double>(x.get(o, c, i) - lse);
+        const double actual = y.get(o, c, i);
+        expect(near(actual, expected,
+                    64 * epsilon_of(acc) * (1 + std::fabs(expected)) + epsilon_of(p.type) * std::fabs(expected)),
+               p, capability.name, "log_softmax", actual, expected);
+        sum += incoming.get(o, c, i);
+        size += std::fabs(incoming.get(o, c, i));
+      }
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const double softmax = std::exp(y.get(o, c, i)), g = incoming.get(o, c, i), expected = g - softmax * sum;
+        const double tolerance = 64 * epsilon_of(acc) * (1 + std::fabs(g) + softmax * size) +
+                                 2 * epsilon_of(p.type) * (std::fabs(expected)) + 0x1p-20;
+        expect(near(gradient.get(o, c, i), expected, tolerance), p, capability.name, "gradient of log_softmax",
+               gradient.get(o, c, i), expected);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const std::vector<Capability> all = capabilities();
+  Bytes in(data, size);
+  const Problem p = decode(in);
+  switch (in.below(4)) {
+    case 0:
+      fuzz_nll_loss(in, p, all);
+      break;
+    case 1:
+      fuzz_log_softmax(in, p, all);
+      break;
+    default:
+      fuzz_losses(in, p, all);
+  }
+  return 0;
+}
+
+#ifdef NLLX_STANDALONE
+#include <chrono>
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 10;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  const auto start = std::chrono::steady_clock::now();
+  uint64_t runs = 0;
+  for (;; ++runs) {
+    if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) break;
+    Stream random(seed * 1000003 + runs);
+    uint8_t bytes[96];
+    for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.next() >> 32);
+    this_run = runs;
+    this_seed = seed;
+    LLVMFuzzerTestOneInput(bytes, sizeof bytes);
+  }
+  std::string names;
+  for (const Capability& capability : capabilities()) names += std::string(" ") + capability.name;
+  std::printf("%llu problems, seed %llu, capabilities:%s\n", static_cast<unsigned long long>(runs),
+              static_cast<unsigned long long>(seed), names.c_str());
+  return 0;
+}
+#endif

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Builds and runs tests/fuzz: the CPU kernels on problems made of random bytes, against the definition, under sanitizers.
+#
+#   bash tools/fuzz.sh WAY SECONDS [SEED]
+#
+#   address   address and undefined-behaviour sanitizers, random bytes
+#   thread    thread sanitizer, the chunks of a problem on three threads
+#   guided    address and undefined-behaviour sanitizers, libFuzzer's bytes, and the coverage of csrc at the end;
+#             needs clang with its runtime (Debian, Ubuntu: apt install clang libclang-rt-dev llvm)
+#
+# CXX is the compiler of the first two (g++). What is built is kept in build/fuzz.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+way=${1:-address} seconds=${2:-60} seed=${3:-1}
+compiler=${CXX:-g++}
+options=(-std=c++17 -O1 -g1 -ffp-contract=fast -Wno-psabi -fno-omit-frame-pointer)
+main=(-DNLLX_STANDALONE)
+case $way in
+address) options+=(-fsanitize=address,undefined -fno-sanitize-recover=all) ;;
+thread) options+=(-fsanitize=thread) main+=(-DNLLX_THREADS) ;;
+guided)
+    compiler=${CLANG:-clang++}
+    options+=(-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -fprofile-instr-generate -fcoverage-mapping)
+    main=(-fsanitize=fuzzer)
+    ;;
+*) echo "fuzz.sh: no way '$way' (address, thread, guided)" >&2 && exit 2 ;;
+esac
+
+folder=build/fuzz/$way
+mkdir -p "$folder"
+# build NAME SOURCE OPTION...: compiles where the sources, or what is compiled with, changed.
+build() {
+    local name=$1 source=$2
+    shift 2
+    local mark
+    mark=$(echo "$compiler" "${options[@]}" "$@" && cat csrc/*.h csrc/cpu/*.h csrc/cpu/*.inl "$source" | cksum)
+    [ -e "$folder/$name.o" ] && [ "$(cat "$folder/$name.mark" 2>/dev/null)" = "$mark" ] && return
+    echo "fuzz.sh: compiling $source for $way"
+    "$compiler" "${options[@]}" "$@" -c "$source" -o "$folder/$name.o"
+    echo "$mark" >"$folder/$name.mark"
+}
+for capability in default avx2 avx512; do
+    build "$capability" "csrc/cpu/kernels_$capability.cpp" &
+done
+build main tests/fuzz/fuzz_cpu_kernels.cpp "${main[@]}" -Wall
+# A background job's failure is that of its wait.
+for job in $(jobs -p); do wait "$job"; done
+"$compiler" "${options[@]}" "${main[@]}" "$folder"/{main,default,avx2,avx512}.o -pthread -o "$folder/fuzz"
+
+if [ "$way" = guided ]; then
+    mkdir -p "$folder/corpus"
+    LLVM_PROFILE_FILE=$folder/profile.raw "$folder/fuzz" "$folder/corpus" -max_total_time="$seconds" -seed="$seed" \
+        -max_len=96 -print_final_stats=1 -artifact_prefix="$folder/"
+    llvm-profdata merge -o "$folder/profile" "$folder/profile.raw"
+    llvm-cov report "$folder/fuzz" -instr-profile="$folder/profile" csrc/cpu
+else
+    "$folder/fuzz" "$seconds" "$seed"
+fi
