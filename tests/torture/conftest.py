@@ -28,7 +28,7 @@ def note(request: pytest.FixtureRequest) -> Callable[..., None]:
         if LONG:
             _RECORD.parent.mkdir(exist_ok=True)
             record = json.loads(_RECORD.read_text()) if _RECORD.exists() else {}
-            record[request.node.name] = figures
+            record.setdefault(request.node.name, {}).update(figures)
             _RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
     return write

@@ -1,4 +1,4 @@
-"""Errors against more precise arithmetic over a grid, in units in the last place of the result, beside torch's own."""
+"""Errors against more precise arithmetic over a grid, in units in the last place, beside torch's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 _CLASSES = [2, 10, 100, 1000, 32000, 262144]
 _SCALES = [1e-3, 1.0, 30.0, 1e3, 1e4]
 # nllx's own error where torch's is smaller: a few roundings of float32, or of the result.
-_MOST_ULP = 6.0
+_MOST_ULP = 4.0
 
 
 def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,7 +51,9 @@ def _errors(
     leaf = logits.clone().requires_grad_()
     loss = function(leaf, target, reduction="none", **options)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    of_loss = (loss.detach().double() - exact[0]).abs() / _ulp(exact[0], logits.dtype)
+    size = torch.maximum(exact[0].abs(), exact[2].squeeze(1))
+    fits = exact[0].abs() <= torch.finfo(logits.dtype).max
+    of_loss = ((loss.detach().double() - exact[0]).abs() / _ulp(size, logits.dtype))[fits]
     of_gradient = (gradient.double() - exact[1]).abs() / (exact[2] * torch.finfo(logits.dtype).eps)
     return of_loss.max().item(), of_gradient.max().item()
 
@@ -65,7 +67,7 @@ def test_never_less_exact_than_torch(
     worst = {"loss": 0.0, "loss, torch": 0.0, "gradient": 0.0, "gradient, torch": 0.0}
     problems = 0
     for classes in _CLASSES[: amount(4, 6)]:
-        rows = max(3, min(amount(1 << 12, 1 << 20), amount(1 << 16, 1 << 24) // classes))
+        rows = max(3, min(amount(1 << 12, 1 << 18), amount(1 << 16, 1 << 21) // classes))
         for scale in _SCALES:
             generator = torch.Generator().manual_seed(classes)
             logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale
