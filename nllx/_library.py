@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import os
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -20,11 +21,23 @@ _MARK = rb"NLLX_TORCH_VERSION=([0-9A-Za-z.+_-]+)"
 
 def _torch_built_against(binary: str) -> str | None:
     """The torch version that a binary was built against, read from the file without loading it."""
-    if os.path.getsize(binary) == 0:  # which cannot be mapped
-        return None
     with open(binary, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = re.search(_MARK, content)
         return found.group(1).decode() if found else None
+
+
+def _is_cut_off(binary: str) -> bool:
+    """Whether an ELF file ends before its table of sections, which is its last part: to load it could end the process."""
+    with open(binary, "rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    if header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian
+        return size == 0
+    if len(header) < 64:
+        return True
+    (sections,) = struct.unpack_from("<Q", header, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
+    return sections + entry_size * entries > size
 
 
 def _release(version: str) -> list[str]:
@@ -49,6 +62,8 @@ def load() -> None:
                 else ""
             )
         )
+    if _is_cut_off(spec.origin):
+        raise ImportError(f"nllx's extension {spec.origin} is damaged: it has been cut off; {_REBUILD}")
     built = _torch_built_against(spec.origin)
     if built is None or _release(built) != _release(torch.__version__):
         raise ImportError(
