@@ -68,8 +68,6 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
     if _has_own_torch_function(input) or any(_has_own_torch_function(t) for t in others):
         with torch._C.DisableTorchFunctionSubclass():  # which sees attributes too
             return "nested" if input.is_nested else "a subclass of Tensor with a __torch_function__ of its own"
-    if input.is_nested:
-        return "nested"
     if any(type(t).__name__ == "DTensor" for t in (input, *others)):
         return "DTensor"  # whose operations are sharded one by one
     for t in (input, *others):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from nllx import _C
 
 LONG = os.environ.get("NLLX_TORTURE") == "long"
 _RECORD = Path(__file__).resolve().parents[2] / "build" / "torture.json"
@@ -28,6 +32,12 @@ def note(request: pytest.FixtureRequest) -> Callable[..., None]:
         if LONG:
             _RECORD.parent.mkdir(exist_ok=True)
             record = json.loads(_RECORD.read_text()) if _RECORD.exists() else {}
+            record["environment"] = {
+                "date": datetime.date.today().isoformat(),
+                "torch": torch.__version__,
+                "capability": _C.cpu_capability(),
+                "processors": os.cpu_count(),
+            }
             record.setdefault(request.node.name, {}).update(figures)
             _RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import nllx
-from nllx import _C
 
 ROOT = Path(nllx.__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's limits, signals and files")
@@ -148,7 +147,3 @@ def test_bad_environment_variables(variable: str, value: str, message: str | Non
     else:
         assert run.returncode == 1
         assert message in run.stderr.splitlines()[-1]
-
-
-def test_capability_is_one_of_this_cpu() -> None:
-    assert _C.cpu_capability() in ("default", "avx2", "avx512")
