@@ -39,7 +39,7 @@ build() {
     local name=$1 source=$2
     shift 2
     local mark
-    mark=$( (echo "$compiler" "${options[@]}" "$@" && cat csrc/*.h csrc/cpu/*.h csrc/cpu/*.inl "$source") | cksum)
+    mark=$( (echo "$compiler" "${options[@]}" "$@" && cat csrc/*.h csrc/cpu/*.h csrc/cpu/*.inl tests/fuzz/include/ATen/*.h "$source") | cksum)
     [ -e "$folder/$name.o" ] && [ "$(cat "$folder/$name.mark" 2>/dev/null)" = "$mark" ] && return
     echo "fuzz.sh: compiling $source for $way"
     "$compiler" "${options[@]}" "$@" -c "$source" -o "$folder/$name.o"
@@ -48,7 +48,7 @@ build() {
 for capability in default avx2 avx512; do
     build "$capability" "csrc/cpu/kernels_$capability.cpp" &
 done
-build main tests/fuzz/fuzz_cpu_kernels.cpp "${main[@]}" -Wall
+build main tests/fuzz/fuzz_cpu_kernels.cpp "${main[@]}" -Itests/fuzz/include -Wall
 # A background job's failure is that of its wait.
 for job in $(jobs -p); do wait "$job"; done
 "$compiler" "${options[@]}" "${main[@]}" "$folder"/{main,default,avx2,avx512}.o -pthread -o "$folder/fuzz"

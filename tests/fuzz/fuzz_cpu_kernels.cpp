@@ -17,12 +17,10 @@
 #include <limits>
 #include <memory>
 #include <string>
-#ifdef NLLX_THREADS
-#include <thread>
-#endif
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/parallel.h"
 #include "../../csrc/online_softmax.h"
 
 namespace {
@@ -348,44 +346,18 @@ Exact log_sum_exp(Array& x, const Extent& e, int64_t o, int64_t i) {
   return m + std::log(sum);
 }
 
-// body(k) for each k below count, as torch's pool does it: every k once, on any thread.
-template <typename Body>
-void for_each(int64_t count, const Body& body) {
-#ifdef NLLX_THREADS
-  std::vector<std::thread> threads;
-  for (int64_t first = 0; first < 3; ++first) {
-    threads.emplace_back([&, first] {
-      for (int64_t k = first; k < count; k += 3) body(k);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-#else
-  for (int64_t k = 0; k < count; ++k) body(k);
-#endif
-}
-
-template <typename Body>
-ChunkResult sum_over(const Chunks& chunks, const Body& body) {
-  std::vector<ChunkResult> results(static_cast<size_t>(chunks.count));
-  for_each(chunks.count, [&](int64_t chunk) { body(chunk, results[static_cast<size_t>(chunk)]); });
-  ChunkResult total;
-  for (const ChunkResult& r : results) {
-    total.loss += r.loss;
-    total.weight += r.weight;
-    if (total.bad_target < 0) total.bad_target = r.bad_target;
-  }
-  return total;
-}
-
+// As in csrc/cpu/losses.cpp, for the kernels of any capability.
 ChunkResult run_forward(const CpuKernels& kernels, const CrossEntropyForward& p, int type) {
   const Chunks chunks(p.extent, p.layout, true);
   if (chunks.segments == 1) {
-    return sum_over(chunks,
-                    [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
+    return sum_over_chunks(
+        chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
   }
   std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
-  for_each(chunks.units, [&](int64_t unit) {
-    kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
+  for_each_chunk(chunks, [&](int64_t chunk) {
+    for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+      kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
+    }
   });
   ChunkResult total;
   for (int64_t row = 0; row < p.extent.rows(); ++row) {
@@ -397,7 +369,7 @@ ChunkResult run_forward(const CpuKernels& kernels, const CrossEntropyForward& p,
 
 template <typename P, typename Kernel>
 ChunkResult run(const P& p, const Chunks& chunks, Kernel kernel) {
-  return sum_over(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
+  return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
 }
 
 std::string describe(const Problem& p, const char* capability, const char* what) {
@@ -667,11 +639,11 @@ void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>
     Chunks chunks(e, p.layout);
     chunks.stream = stream;
     const LogSoftmaxForward f{e, p.layout, x.data(), x.strides(), y.data(), written};
-    for_each(chunks.count, [&](int64_t chunk) { capability.kernels->log_softmax_forward[type](f, chunks, chunk); });
+    for_each_chunk(chunks, [&](int64_t chunk) { capability.kernels->log_softmax_forward[type](f, chunks, chunk); });
     y.check_gaps("log_softmax");
     const LogSoftmaxBackward b{e,        p.layout, incoming.data(), incoming.strides(),
                                y.data(), written,  gradient.data(), written_back};
-    for_each(chunks.count, [&](int64_t chunk) { capability.kernels->log_softmax_backward[type](b, chunks, chunk); });
+    for_each_chunk(chunks, [&](int64_t chunk) { capability.kernels->log_softmax_backward[type](b, chunks, chunk); });
     gradient.check_gaps("gradient of log_softmax");
     if (p.values != Values::kTame) continue;
     for (int64_t row = 0; row < e.rows(); ++row) {
