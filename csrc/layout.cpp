@@ -1,6 +1,10 @@
 #include "layout.h"
 
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/safe_numerics.h>
+
+#include <limits>
 
 namespace nllx {
 
@@ -11,12 +15,15 @@ struct Dim {
 };
 
 // Dimensions [begin, end) as one, if their strides allow it. Those of a tensor without elements mean nothing, and
-// contiguous() leaves them.
+// contiguous() leaves them; its sizes may have a product that no number holds, which is then the largest.
 std::optional<Dim> collapse(const at::Tensor& t, int64_t begin, int64_t end) {
   Dim result;
   if (t.numel() == 0) {
     result.stride = 1;
-    for (int64_t d = begin; d < end; ++d) result.size *= t.size(d);
+    for (int64_t d = begin; d < end; ++d) {
+      if (t.size(d) == 0) return Dim{0, 1};
+      if (c10::mul_overflows(result.size, t.size(d), &result.size)) result.size = std::numeric_limits<int64_t>::max();
+    }
     return result;
   }
   for (int64_t d = end - 1; d >= begin; --d) {
@@ -55,6 +62,12 @@ bool view(const at::Tensor& t, int64_t class_dim, Form form, Extent& extent, Str
 }
 
 }  // namespace
+
+bool is_aligned(const at::Tensor& t) {
+  return !t.is_cpu() || reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+}
+
+at::Tensor aligned(const at::Tensor& t) { return is_aligned(t) ? t : t.clone(); }
 
 std::optional<Arrays> view_as_arrays(at::ArrayRef<at::Tensor> tensors, int64_t class_dim) {
   for (const Form form : {Form::kRows, Form::kFlippedPlanes, Form::kPlanes}) {

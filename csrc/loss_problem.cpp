@@ -3,6 +3,9 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/safe_numerics.h>
+
+#include "message.h"
 
 namespace nllx {
 
@@ -35,7 +38,11 @@ Tensor sum_in_order(const Tensor& weight) {
 
 int64_t LossProblem::rows() const {
   int64_t n = 1;
-  for (const int64_t size : row_sizes) n *= size;
+  bool fits = true;
+  for (const int64_t size : row_sizes) fits = fits && !c10::mul_overflows(n, size, &n);
+  // Without classes a tensor may have any number of rows.
+  TORCH_CHECK(fits && n <= std::numeric_limits<int64_t>::max() / 2, "nllx: the loss would have the shape ",
+              list(row_sizes), ", and more rows than a 64-bit number counts");
   return n;
 }
 
@@ -50,7 +57,7 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   LossProblem p;
   p.probabilities_given = targets_are_probabilities(args);
   p.class_dim = args.input.dim() == 1 ? 0 : 1;
-  p.input = args.input;
+  p.input = aligned(args.input);
   p.row_sizes = at::DimVector(args.input.sizes());
   p.row_sizes.erase(p.row_sizes.begin() + p.class_dim);
   const bool weighted = args.weight.has_value() && args.weight->defined();
@@ -72,16 +79,16 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
 
   Targets& t = p.targets;
   if (p.probabilities_given) {
-    p.probabilities = args.target;
+    p.probabilities = aligned(args.target);
     if (p.probabilities.scalar_type() != p.input.scalar_type()) p.probabilities = p.probabilities.to(p.acc_dtype);
     t.probabilities_are_acc = p.probabilities.scalar_type() == p.acc_dtype;
   } else {
-    p.index = args.target.contiguous();
+    p.index = aligned(args.target.contiguous());
     t.index = p.index.const_data_ptr();
     t.index_type = index_type(p.index.scalar_type());
   }
   if (weighted) {
-    p.weight = args.weight->to(p.acc_dtype).contiguous();
+    p.weight = aligned(args.weight->to(p.acc_dtype).contiguous());
     t.weight = p.weight.const_data_ptr();
     if (args.label_smoothing > 0) {
       p.weight_sum = sum_in_order(p.weight);
@@ -104,7 +111,7 @@ Tensor incoming_gradient(const Tensor& grad_output, const LossProblem& loss, con
                          const void*& pointer, int64_t& stride) {
   const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
   check_grad_output(op, grad_output, per_row ? loss.rows() : 1, loss.input);
-  Tensor g = grad_output.to(loss.acc_dtype).contiguous();
+  Tensor g = aligned(grad_output.to(loss.acc_dtype).contiguous());
   pointer = g.const_data_ptr();
   stride = per_row ? 1 : 0;
   return g;

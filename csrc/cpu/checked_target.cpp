@@ -7,13 +7,14 @@
 #include <string_view>
 
 #include "../checks.h"
+#include "../layout.h"
 #include "../online_softmax.h"
 
 namespace nllx {
 
 at::Tensor checked_target_cpu(const at::Tensor& target, int64_t classes, int64_t ignore_index, std::string_view op) {
   const IndexType type = index_type(target.scalar_type());
-  const at::Tensor source = target.contiguous();
+  const at::Tensor source = aligned(target.contiguous());
   at::Tensor result = at::empty(target.sizes(), target.options().dtype(at::kLong));
   const void* index = source.const_data_ptr();
   int64_t* out = result.mutable_data_ptr<int64_t>();

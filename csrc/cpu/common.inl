@@ -120,7 +120,7 @@ NLLX_INLINE int64_t read_indices(const Index* from, int begin, int width, int64_
   for (int i = begin; i < width; ++i) {
     const int64_t y = from[i];
     const bool ignored = y == ignore_index, valid = is_class(y, classes);
-    s.index[i] = valid & !ignored ? number_in_window<acc>(y, first) : -1;
+    s.index[i] = (valid & !ignored) ? number_in_window<acc>(y, first) : -1;
     counted += valid & !ignored;
     bad += !valid & !ignored;
   }

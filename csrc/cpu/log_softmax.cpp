@@ -19,7 +19,7 @@ Tensor log_softmax_forward_cpu(const Tensor& input, int64_t dim) {
   Tensor output = empty_like_large(input, at::MemoryFormat::Contiguous);  // as torch has it: users call view() on it
   if (input.numel() == 0) return output;
   if (input.dim() == 0) return output.copy_(input.sub(input));  // one class: log 1, and NaN for what has no logarithm
-  Tensor source = input, computed = output;
+  Tensor source = aligned(input), computed = output;
   const Arrays arrays = share_layout({&source}, computed, dim);
   LogSoftmaxForward p{
       arrays.extent,    arrays.layout, source.const_data_ptr(), arrays.strides[0], computed.mutable_data_ptr(),
@@ -37,7 +37,7 @@ Tensor log_softmax_backward_cpu(const Tensor& grad_output, const Tensor& output,
   Tensor grad = empty_like_large(output);
   if (output.numel() == 0) return grad;
   if (output.dim() == 0) return grad.copy_(grad_output.sub(output.exp().mul(grad_output)));
-  Tensor g = grad_output, y = output, computed = grad;
+  Tensor g = aligned(grad_output), y = aligned(output), computed = grad;
   const Arrays arrays = share_layout({&g, &y}, computed, dim);
   LogSoftmaxBackward p{arrays.extent,      arrays.layout,     g.const_data_ptr(),          arrays.strides[0],
                        y.const_data_ptr(), arrays.strides[1], computed.mutable_data_ptr(), arrays.strides[2]};

@@ -33,27 +33,6 @@ void raise_if_bad(const ChunkResult& result, const LossArguments& a, const LossP
                    a.input.size(loss.class_dim), a.ignore_index);
 }
 
-ChunkResult run_forward(const CrossEntropyForward& p, int type) {
-  const CpuKernels& kernels = *cpu_capability().kernels;
-  const Chunks chunks(p.extent, p.layout, /*split_rows=*/true);
-  if (chunks.segments == 1) {
-    return sum_over_chunks(
-        chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
-  }
-  std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
-  for_each_chunk(chunks, [&](int64_t chunk) {
-    for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
-      kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
-    }
-  });
-  ChunkResult total;
-  for (int64_t row = 0; row < p.extent.rows(); ++row) {
-    kernels.cross_entropy_forward_merge[type](p, row, &parts[static_cast<size_t>(row * chunks.segments)],
-                                              chunks.segments, total);
-  }
-  return total;
-}
-
 // The mean over nothing is NaN, as torch has it, unless zero is asked for.
 void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
             Tensor& total_weight) {
@@ -84,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
     CrossEntropyForward p = forward_problem(loss, share_layout(loss, nullptr), row_stats);
     if (static_cast<Reduction>(reduction) == Reduction::kNone) p.row_loss = result.mutable_data_ptr();
     p.row_loss_is_acc = loss.loss_is_acc();
-    total = run_forward(p, static_cast<int>(loss.float_type()));
+    total = run_cross_entropy_forward(*cpu_capability().kernels, p, static_cast<int>(loss.float_type()));
     raise_if_bad(total, args, loss);
   }
   reduce(total, loss, reduction, result, total_weight);
@@ -93,9 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logit
 
 namespace {
 
-// A gradient's memory: that of `out`, if it is given and has the dtype that is computed in.
+// A gradient's memory: that of `out`, if it is given, has the dtype that is computed in, and can be written.
 Tensor empty_gradient(const LossProblem& loss, const Tensor& out) {
-  return out.defined() && out.scalar_type() == loss.input.scalar_type() ? out : empty_like_large(loss.input);
+  if (out.defined() && out.scalar_type() == loss.input.scalar_type() && is_aligned(out)) return out;
+  return empty_like_large(loss.input);
 }
 
 // The gradient, in `out` where that is defined.
@@ -111,8 +91,8 @@ Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& ar
   Tensor grad = empty_gradient(loss, out), computed = grad;
   if (loss.rows() > 0) {
     const Arrays arrays = share_layout(loss, &computed);
-    const Tensor contiguous_stats = row_stats.contiguous();
-    CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, total_weight, args.reduction);
+    const Tensor contiguous_stats = aligned(row_stats.contiguous()), divisor = aligned(total_weight);
+    CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, divisor, args.reduction);
     p.grad_output = incoming;
     p.grad_output_stride = incoming_stride;
     Chunks chunks(p.extent, p.layout, /*split_rows=*/!loss.probabilities_given);
@@ -151,8 +131,6 @@ double divisor_of(const LossProblem& loss, const LossArguments& args) {
   return index_divisor(t, total.weight);
 }
 
-// Loss and gradient: the forward and the backward kernel take turns, so that the second finds in the cache what the
-// first has read.
 std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDtype dtype, const Tensor& out) {
   LossProblem loss = make_loss_problem(args, dtype);
   check_reduced(args.op, args.reduction);
@@ -174,19 +152,7 @@ std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDty
     const CpuKernels& kernels = *cpu_capability().kernels;
     Chunks chunks(f.extent, f.layout, /*split_rows=*/!loss.probabilities_given);
     chunks.stream = is_streamed(computed) && b.grad_logits != b.logits;
-    const auto backward = [&](int64_t chunk, ChunkResult& r) {
-      kernels.cross_entropy_backward[type](b, chunks, chunk, r);
-    };
-    if (chunks.segments > 1) {  // a row's sums are known when all its segments are
-      total = run_forward(f, type);
-      sum_over_chunks(chunks, backward);
-    } else {
-      total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
-        kernels.cross_entropy_forward[type](f, chunks, chunk, r);
-        ChunkResult same_targets;
-        backward(chunk, same_targets);
-      });
-    }
+    total = run_cross_entropy_value_and_grad(kernels, f, b, chunks, type);
   }
   set_scalar(value, static_cast<Reduction>(args.reduction) == Reduction::kSum ? total.loss : total.loss / divisor);
   return {value, finish_gradient(computed, grad, args.input.scalar_type(), out)};
@@ -266,6 +232,7 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   NllLossBackward p;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, log_probs);
+  const Tensor divisor = aligned(total_weight);
   Tensor grad = empty_like_large(log_probs);
   if (loss.rows() == 0) return grad;
   Tensor computed = grad;
@@ -273,7 +240,7 @@ Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs,
   p.extent = arrays.extent;
   p.layout = arrays.layout;
   p.targets = loss.targets;
-  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = total_weight.const_data_ptr();
+  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = divisor.const_data_ptr();
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
   Chunks chunks(p.extent, p.layout);

@@ -43,6 +43,7 @@ NLLX_APART void finish_forward_tile(const CrossEntropyForward& p, int64_t row, i
                                     const TileTargets<acc>& targets, const acc* target_logits, TileSums<acc>& s,
                                     ChunkResult& result) {
   alignas(64) acc loss[kTile];
+  loss[0] = 0;  // GCC does not see that width > 0
   RowStats<acc>* stats = static_cast<RowStats<acc>*>(p.row_stats) + row;
   constexpr bool kIndex = kTerms != Terms::kProbabilities;
   NLLX_FOR_VECTORS(i, k, width) {

@@ -534,7 +534,7 @@ constexpr int kBlock = 16 / static_cast<int>(sizeof(acc));
 template <typename T>
 NLLX_INLINE Vec<typename AccOf<T>::type> load_blocks(const T* p, int64_t stride) {
   using acc = typename AccOf<T>::type;
-  constexpr int B = kBlock<acc>;
+  [[maybe_unused]] constexpr int B = kBlock<acc>;
 #if NLLX_VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 2) {
     const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

@@ -25,6 +25,10 @@ COMPILE = [
     "-O1",
     "-fPIC",
     "-fsanitize=undefined",
+    # No integer is narrowed but where the source says so: what is 64 bits wide, as indices and products are, stays so.
+    "-Wconversion",
+    "-Werror",
+    "-Wno-psabi",
     # Several libraries with the same names are loaded into one process.
     "-fvisibility=hidden",
     "-fno-gnu-unique",

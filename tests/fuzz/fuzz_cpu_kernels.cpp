@@ -6,8 +6,9 @@
 //
 //   fuzz_cpu_kernels SECONDS [SEED]
 //
-// With -DNLLX_THREADS the chunks of a problem run on three threads at once, for the thread sanitizer. tools/fuzz.sh
-// builds and runs all three.
+// With -DNLLX_THREADS the chunks of a problem run on three threads at once, for the thread sanitizer. With
+// -DNLLX_VALGRIND what no one has written is undefined to valgrind, which then reports what a result owes to it.
+// tools/fuzz.sh builds and runs all of these.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,9 +20,17 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/capability.h"
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/parallel.h"
 #include "../../csrc/online_softmax.h"
+
+#ifdef NLLX_VALGRIND
+#include <valgrind/memcheck.h>
+#else
+#define VALGRIND_MAKE_MEM_UNDEFINED(address, size) static_cast<void>(0)
+#define VALGRIND_MAKE_MEM_DEFINED(address, size) static_cast<void>(0)
+#endif
 
 namespace {
 
@@ -124,6 +133,7 @@ class Array {
     const size_t total = static_cast<size_t>(size_ + shift_) * bytes_of(type_);
     block_.reset(std::malloc(total ? total : 1));
     std::memset(block_.get(), 0xAB, total);
+    VALGRIND_MAKE_MEM_UNDEFINED(block_.get(), total);
     touched_.assign(static_cast<size_t>(size_), false);
     for (int64_t o = 0; o < e.outer; ++o)
       for (int64_t c = 0; c < e.classes; ++c)
@@ -171,20 +181,28 @@ class Array {
   int64_t size() const { return size_; }
   Strides strides() const { return strides_; }
   void copy_from(Array& other) { std::memcpy(data(), other.data(), static_cast<size_t>(size_) * bytes_of(type_)); }
+  // Whether no two elements lie at one place.
+  bool has_apart_elements() const {
+    const auto places = std::count(touched_.begin(), touched_.end(), true);
+    return places == extent_.outer * extent_.classes * extent_.inner;
+  }
   // What lies between the elements, and in front of them, is as it was.
   void check_gaps(const char* name) {
-    const auto* first = static_cast<uint8_t*>(block_.get());
-    for (size_t b = 0; b < static_cast<size_t>(shift_) * bytes_of(type_); ++b) {
-      if (first[b] != 0xAB) fail(std::string(name) + " was written before its beginning");
-    }
+    const auto check = [name](const uint8_t* first, size_t bytes, const char* where) {
+      VALGRIND_MAKE_MEM_DEFINED(first, bytes);
+      for (size_t b = 0; b < bytes; ++b) {
+        if (first[b] != 0xAB) fail(std::string(name) + " was written " + where);
+      }
+    };
+    check(static_cast<uint8_t*>(block_.get()), static_cast<size_t>(shift_) * bytes_of(type_), "before its beginning");
     for (int64_t index = 0; index < size_; ++index) {
-      if (touched_[static_cast<size_t>(index)]) continue;
-      const auto* element = static_cast<uint8_t*>(data()) + static_cast<size_t>(index) * bytes_of(type_);
-      for (size_t b = 0; b < bytes_of(type_); ++b) {
-        if (element[b] != 0xAB) fail(std::string(name) + " was written between its elements");
+      if (!is_element(index)) {
+        check(static_cast<uint8_t*>(data()) + static_cast<size_t>(index) * bytes_of(type_), bytes_of(type_),
+              "between its elements");
       }
     }
   }
+  bool is_element(int64_t index) const { return touched_[static_cast<size_t>(index)]; }
 
  private:
   struct Free {
@@ -197,25 +215,6 @@ class Array {
   std::unique_ptr<void, Free> block_;
   std::vector<bool> touched_;
 };
-
-struct Capability {
-  const char* name;
-  const CpuKernels* kernels;
-};
-
-std::vector<Capability> capabilities() {
-  std::vector<Capability> all{{"default", &default_capability::kernels}};
-#ifdef NLLX_HAS_X86_CAPABILITIES
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) all.push_back({"avx2", &avx2::kernels});
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    all.push_back({"avx512", &avx512::kernels});
-  }
-#endif
-  return all;
-}
 
 // Strides of an array in a layout: dense, or with gaps; for what is only read also 0 and overlapping.
 Strides strides_of(Bytes& in, Layout layout, const Extent& e, bool only_read) {
@@ -262,6 +261,7 @@ void fill(Array& a, Values values, Stream& random, bool probabilities, FloatType
                                         -65504.};
   for (int64_t i = 0; i < a.size(); ++i) {
     const double u = random.unit();
+    if (!a.is_element(i)) continue;
     if (values == Values::kBits) {
       a.set_bits(i, random.next());
     } else if (values == Values::kSpecial && random.next() % 4 == 0) {
@@ -346,27 +346,6 @@ Exact log_sum_exp(Array& x, const Extent& e, int64_t o, int64_t i) {
   return m + std::log(sum);
 }
 
-// As in csrc/cpu/losses.cpp, for the kernels of any capability.
-ChunkResult run_forward(const CpuKernels& kernels, const CrossEntropyForward& p, int type) {
-  const Chunks chunks(p.extent, p.layout, true);
-  if (chunks.segments == 1) {
-    return sum_over_chunks(
-        chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
-  }
-  std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
-  for_each_chunk(chunks, [&](int64_t chunk) {
-    for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
-      kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
-    }
-  });
-  ChunkResult total;
-  for (int64_t row = 0; row < p.extent.rows(); ++row) {
-    kernels.cross_entropy_forward_merge[type](p, row, &parts[static_cast<size_t>(row * chunks.segments)],
-                                              chunks.segments, total);
-  }
-  return total;
-}
-
 template <typename P, typename Kernel>
 ChunkResult run(const P& p, const Chunks& chunks, Kernel kernel) {
   return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
@@ -389,7 +368,7 @@ void expect(bool good, const Problem& p, const char* capability, const char* wha
   fail(describe(p, capability, what) + numbers);
 }
 
-void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all) {
+void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& all) {
   const Extent& e = p.extent;
   const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
   const int type = static_cast<int>(p.type);
@@ -428,7 +407,7 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all
     t.weight = weight.data();
     t.weight_sum = weight_sum.data();
   }
-  const bool in_place = in.flip(), stream = in.flip(), per_row = in.flip();
+  const bool in_place = in.flip(), stream = in.flip(), per_row = in.flip(), in_turns = in.flip();
   const bool row_loss_is_acc = in.flip() || acc == p.type;
   const Strides written = strides_of(in, p.layout, e, false);
   const int64_t shift = in.below(16);
@@ -452,7 +431,7 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all
     }
   }
 
-  for (const Capability& capability : all) {
+  for (const CpuCapability& capability : all) {
     Array row_loss(row_loss_is_acc ? acc : p.type, {1, rows, 1}, {0, 1, 0}, 0);
     Array stats(acc, {1, 2 * rows, 1}, {0, 1, 0}, 0);
     CrossEntropyForward f;
@@ -465,16 +444,16 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all
     f.row_loss_is_acc = row_loss_is_acc;
     f.row_stats = stats.data();
     if (rows == 0 || (probabilities && e.classes == 0)) continue;  // the operators answer without a kernel
-    const ChunkResult total = run_forward(*capability.kernels, f, type);
+    const ChunkResult total = run_cross_entropy_forward(*capability.kernels, f, type);
     if (t.index)
-      expect(total.bad_target == first_bad, p, capability.name, "first target out of range",
+      expect(total.bad_target == first_bad, p, capability.name.c_str(), "first target out of range",
              static_cast<double>(total.bad_target), static_cast<double>(first_bad));
     if (t.index && first_bad >= 0) continue;  // the operators raise
     Exact sum = 0, scale = 0;
     for (int64_t row = 0; row < rows && comparable && e.classes > 0; ++row) {
       const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
       if (t.index && y == t.ignore_index) {
-        if (per_row) expect(row_loss.get(row) == 0, p, capability.name, "loss of an ignored row", row_loss.get(row), 0);
+        if (per_row) expect(row_loss.get(row) == 0, p, capability.name.c_str(), "loss of an ignored row", row_loss.get(row), 0);
         continue;
       }
       const Exact lse = log_sum_exp(logits, e, o, i);
@@ -490,47 +469,51 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all
       const double tolerance = 64 * epsilon_of(acc) * static_cast<double>(1 + size) +
                                2 * epsilon_of(row_loss_is_acc ? acc : p.type) * std::fabs(loss);
       if (per_row && std::fabs(loss) < 6e4) {
-        expect(near(row_loss.get(row), loss, tolerance), p, capability.name, "loss of a row", row_loss.get(row), loss);
+        expect(near(row_loss.get(row), loss, tolerance), p, capability.name.c_str(), "loss of a row", row_loss.get(row), loss);
       }
     }
     if (comparable) {
       expect(near(total.loss, static_cast<double>(sum), 64 * epsilon_of(acc) * static_cast<double>(1 + scale)), p,
-             capability.name, "sum of losses", total.loss, static_cast<double>(sum));
+             capability.name.c_str(), "sum of losses", total.loss, static_cast<double>(sum));
       if (t.index) {
-        expect(near(total.weight, total_weight, 1e-6 * (1 + total_weight)), p, capability.name, "sum of weights",
+        expect(near(total.weight, total_weight, 1e-6 * (1 + total_weight)), p, capability.name.c_str(), "sum of weights",
                total.weight, total_weight);
       }
     }
 
-    // Backward: in place, or into an array of its own with other gaps.
-    Array copy(p.type, e, logits.strides(), 3);
-    const bool dense_enough = Array::window(e, logits.strides()) >= p.size();
-    const bool over_logits = in_place && dense_enough;
+    // Backward, or both passes in turns for each chunk (value_and_grad); over the logits, or into an array of its own
+    // with other gaps.
+    const bool over_logits = in_place && logits.has_apart_elements(), both = in_turns && !per_row;
+    Array copy(p.type, e, logits.strides(), 3), gradient(p.type, e, written, shift);
     if (over_logits) copy.copy_from(logits);
-    Array gradient(p.type, e, written, shift);
+    Array& result = over_logits ? copy : gradient;
     Array incoming(acc, {1, per_row ? rows : 1, 1}, {0, 1, 0}, 0);
     for (int64_t i = 0; i < incoming.size(); ++i) incoming.set(i, 2 * random.unit() - 1);
     Array divisor(acc, {1, 1, 1}, {0, 1, 0}, 0);
     divisor.set(0, 7);
+    f.logits = over_logits ? copy.data() : logits.data();
     CrossEntropyBackward b;
     b.extent = e;
     b.layout = p.layout;
-    b.logits = over_logits ? copy.data() : logits.data();
+    b.logits = f.logits;
     b.logits_strides = logits.strides();
     b.targets = t;
     b.row_stats = stats.data();
     b.grad_output = incoming.data();
     b.grad_output_stride = per_row ? 1 : 0;
     b.total_weight = per_row ? nullptr : divisor.data();
-    b.grad_logits = over_logits ? copy.data() : gradient.data();
-    b.grad_strides = over_logits ? logits.strides() : written;
+    b.grad_logits = result.data();
+    b.grad_strides = result.strides();
     Chunks chunks(e, p.layout, t.index != nullptr);
     chunks.stream = stream && !over_logits;
-    run(b, chunks, capability.kernels->cross_entropy_backward[type]);
-    if (over_logits) {
-      continue;  // compared with the other by tests/test_inplace.py
+    if (both) {
+      const ChunkResult again = run_cross_entropy_value_and_grad(*capability.kernels, f, b, chunks, type);
+      expect(near(again.loss, total.loss, 0), p, capability.name.c_str(), "sum of losses, value and gradient", again.loss,
+             total.loss);
+    } else {
+      run(b, chunks, capability.kernels->cross_entropy_backward[type]);
     }
-    gradient.check_gaps("gradient");
+    result.check_gaps("gradient");
     for (int64_t row = 0; row < rows && comparable && p.values == Values::kTame && e.classes > 0; ++row) {
       const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
       const bool ignored = t.index && y == t.ignore_index;
@@ -541,17 +524,17 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<Capability>& all
       for (int64_t c = 0; c < e.classes; ++c) {
         const auto expected = static_cast<double>(
             ignored ? 0 : g * (mass * std::exp(logits.get(o, c, i) - lse) - coefficient(o, c, i, y)));
-        const double actual = gradient.get(o, c, i);
+        const double actual = result.get(o, c, i);
         const double tolerance = 64 * epsilon_of(acc) * static_cast<double>(1 + mass) +
                                  2 * epsilon_of(p.type) * std::fabs(expected) +
                                  (p.type == FloatType::kFloat16 ? 0x1p-24 : 0);
-        expect(near(actual, expected, tolerance), p, capability.name, "gradient", actual, expected);
+        expect(near(actual, expected, tolerance), p, capability.name.c_str(), "gradient", actual, expected);
       }
     }
   }
 }
 
-void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<Capability>& all) {
+void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<CpuCapability>& all) {
   const Extent& e = p.extent;
   const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
   const int type = static_cast<int>(p.type);
@@ -574,7 +557,7 @@ void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<Capability>& a
   const Strides written = strides_of(in, p.layout, e, false);
   const int64_t shift = in.below(16);
   const bool stream = in.flip();
-  for (const Capability& capability : all) {
+  for (const CpuCapability& capability : all) {
     Array row_loss(acc, {1, rows, 1}, {0, 1, 0}, 0);
     NllLossForward f;
     f.extent = e;
@@ -591,7 +574,7 @@ void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<Capability>& a
       const int64_t y = load_index(t.index, t.index_type, row);
       const double expected =
           y == t.ignore_index ? 0 : -(t.weight ? weight.get(y) : 1) * log_probs.get(row / e.inner, y, row % e.inner);
-      expect(near(row_loss.get(row), expected, 4 * epsilon_of(acc) * std::fabs(expected)), p, capability.name,
+      expect(near(row_loss.get(row), expected, 4 * epsilon_of(acc) * std::fabs(expected)), p, capability.name.c_str(),
              "nll_loss of a row", row_loss.get(row), expected);
     }
     Array gradient(p.type, e, written, shift);
@@ -614,14 +597,14 @@ void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<Capability>& a
       for (int64_t c = 0; c < e.classes; ++c) {
         const double expected = c == y && y != t.ignore_index ? -incoming.get(row) * (t.weight ? weight.get(y) : 1) : 0;
         const double actual = gradient.get(row / e.inner, c, row % e.inner);
-        expect(near(actual, expected, 2 * epsilon_of(p.type) * std::fabs(expected) + 0x1p-24), p, capability.name,
+        expect(near(actual, expected, 2 * epsilon_of(p.type) * std::fabs(expected) + 0x1p-24), p, capability.name.c_str(),
                "gradient of nll_loss", actual, expected);
       }
     }
   }
 }
 
-void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>& all) {
+void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<CpuCapability>& all) {
   const Extent& e = p.extent;
   if (p.size() == 0) return;
   const int type = static_cast<int>(p.type);
@@ -634,7 +617,7 @@ void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>
   const Strides written = strides_of(in, p.layout, e, false), written_back = strides_of(in, p.layout, e, false);
   const int64_t shift = in.below(16);
   const bool stream = in.flip();
-  for (const Capability& capability : all) {
+  for (const CpuCapability& capability : all) {
     Array y(p.type, e, written, shift), gradient(p.type, e, written_back, shift);
     Chunks chunks(e, p.layout);
     chunks.stream = stream;
@@ -655,7 +638,7 @@ void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>
         const double actual = y.get(o, c, i);
         expect(near(actual, expected,
                     64 * epsilon_of(acc) * (1 + std::fabs(expected)) + epsilon_of(p.type) * std::fabs(expected)),
-               p, capability.name, "log_softmax", actual, expected);
+               p, capability.name.c_str(), "log_softmax", actual, expected);
         sum += incoming.get(o, c, i);
         size += std::fabs(incoming.get(o, c, i));
       }
@@ -663,7 +646,7 @@ void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>
         const double softmax = std::exp(y.get(o, c, i)), g = incoming.get(o, c, i), expected = g - softmax * sum;
         const double tolerance = 64 * epsilon_of(acc) * (1 + std::fabs(g) + softmax * size) +
                                  2 * epsilon_of(p.type) * (std::fabs(expected)) + 0x1p-20;
-        expect(near(gradient.get(o, c, i), expected, tolerance), p, capability.name, "gradient of log_softmax",
+        expect(near(gradient.get(o, c, i), expected, tolerance), p, capability.name.c_str(), "gradient of log_softmax",
                gradient.get(o, c, i), expected);
       }
     }
@@ -673,7 +656,7 @@ void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<Capability>
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const std::vector<Capability> all = capabilities();
+  static const std::vector<CpuCapability> all = runnable_cpu_capabilities();
   Bytes in(data, size);
   const Problem p = decode(in);
   switch (in.below(4)) {
@@ -707,7 +690,7 @@ int main(int argc, char** argv) {
     LLVMFuzzerTestOneInput(bytes, sizeof bytes);
   }
   std::string names;
-  for (const Capability& capability : capabilities()) names += std::string(" ") + capability.name;
+  for (const CpuCapability& capability : runnable_cpu_capabilities()) names += " " + capability.name;
   std::printf("%llu problems, seed %llu, capabilities:%s\n", static_cast<unsigned long long>(runs),
               static_cast<unsigned long long>(seed), names.c_str());
   return 0;
