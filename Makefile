@@ -16,7 +16,7 @@ help:
 	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
 	@echo "make test        run the tests (ARGS='-k word' is passed to pytest)"
 	@echo "make integrations train models of transformers, Lightning, timm and others with torch's losses and nllx's"
-	@echo "make torture     the long part of the attacks (tests/torture, tests/fuzz): an hour, 16 GiB of memory"
+	@echo "make torture     the long part of the attacks (tests/torture, tests/fuzz): two hours, 16 GiB of memory"
 	@echo "make docs        build the documentation as a site, into build/docs"
 	@echo "make build       build the extension in place"
 	@echo "make examples    run every file of examples/"
@@ -40,8 +40,12 @@ integrations: build
 
 torture: build
 	@export NLLX_TORTURE=long && $(run) -m pytest tests/torture -s $(ARGS)
+	@export HYPOTHESIS_PROFILE=search && bash tools/sanitize_extension.sh tests/torture/test_untrusted.py tests/test_properties.py
 	@bash tools/fuzz.sh address 900
 	@bash tools/fuzz.sh thread 300
+	@if command -v clang++ >/dev/null; then bash tools/fuzz.sh guided 900; else echo "no clang++: libFuzzer left out"; fi
+	@if command -v valgrind >/dev/null; then bash tools/fuzz.sh valgrind 300; else echo "no valgrind: left out"; fi
+	@if command -v qemu-x86_64 >/dev/null; then bash tools/fuzz.sh emulated 120; else echo "no qemu-x86_64: left out"; fi
 
 docs: build
 	@$(setup) dev docs

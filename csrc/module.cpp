@@ -77,7 +77,8 @@ pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, 
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Nothing here relies on the interpreter lock: what outlives a call is constant, atomic, or behind a mutex.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "The compiled part of nllx. Loading it registers the operators torch.ops.nllx.*.";
   nllx::add_python_calls(m.ptr());
   namespace py = pybind11;

@@ -235,6 +235,15 @@ def test_setup_with_an_old_torch(tmp_path: Path) -> None:
     assert "torch 2.10.1 is too old" in result.stderr
 
 
+def test_setup_without_openmp(tmp_path: Path) -> None:
+    """A clang without libomp-dev, for example: torch's headers would leave every loop on one thread, and say nothing."""
+    (tmp_path / "bin").mkdir()
+    program(tmp_path, "compiler", "echo \"error: 'omp.h' file not found\" >&2; exit 1")
+    result = run_setup_py(tmp_path, "2.11.0", None, CXX=f"{tmp_path}/bin/compiler -m64")
+    assert result.returncode == 1
+    assert "bin/compiler -m64` does not compile with OpenMP" in result.stderr
+
+
 PTXAS_OUTPUT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN4nllx27_GLOBAL__N__2c81ab3b_4_k_cu10row_kernelIfLi4EEEvPKT_' for 'sm_90'

@@ -69,7 +69,7 @@ guided)
     mkdir -p "$folder/corpus"
     # Problems of the larger kind take a while under coverage.
     LLVM_PROFILE_FILE=$folder/profile.raw "$folder/fuzz" "$folder/corpus" -max_total_time="$seconds" -seed="$seed" \
-        -max_len=96 -len_control=0 -print_final_stats=1 -artifact_prefix="$folder/"
+        -max_len=96 -len_control=0 -verbosity=0 -print_final_stats=1 -artifact_prefix="$folder/"
     llvm-profdata merge -o "$folder/profile" "$folder/profile.raw"
     llvm-cov report "$folder/fuzz" -instr-profile="$folder/profile" csrc
     ;;

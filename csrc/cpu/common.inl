@@ -85,7 +85,7 @@ NLLX_INLINE void note_bad_target(ChunkResult& result, int64_t row) {
 template <typename acc>
 struct TileTargets {
   using integer = typename VecOf<acc>::integer;
-  alignas(64) integer index[kTileRoom];  // -1 for a row that does not count; so are those up to a whole vector
+  alignas(64) integer index[kTileRoom];  // -1 for a row that does not count; so is a vector of them behind the last
   alignas(64) acc weight[kTileRoom];     // of the target's class, 0 for a row that does not count
   int64_t counted;                       // rows that count
 };
@@ -190,7 +190,8 @@ NLLX_APART void read_window(const Targets& t, int64_t classes, int64_t row, int 
       if (index_target<acc>(t, classes, row + i).bad) note_bad_target(result, row + i);
     }
   }
-  for (int i = width; i % kLanes<acc> != 0; ++i) s.index[i] = -1;
+  const Mask<acc> none = ~Mask<acc>{};
+  memcpy(s.index + width, &none, sizeof none);
 }
 
 template <typename acc>

@@ -31,7 +31,8 @@ struct Chunks {
   int64_t segments = 1;  // units in a row
   bool stream = false;   // results go past the caches
 
-  Chunks(const Extent& extent, Layout layout, bool split_rows = false) {
+  constexpr Chunks(const Extent& extent, Layout layout, bool split_rows = false)
+      : units(0), units_per_chunk(0), count(0), elements_per_chunk(0) {
     const bool rows = layout == Layout::kRows;
     if (rows && split_rows && extent.rows() < kFewRows) segments = (extent.classes + kSegment - 1) / kSegment;
     if (segments < 1) segments = 1;
@@ -44,13 +45,25 @@ struct Chunks {
     count = (units + units_per_chunk - 1) / units_per_chunk;
     elements_per_chunk = unit_elements * units_per_chunk;
   }
-  static int64_t tiles_per_plane(const Extent& extent) { return (extent.inner + kTile - 1) / kTile; }
-  int64_t begin(int64_t chunk) const { return chunk * units_per_chunk; }
-  int64_t end(int64_t chunk) const {
+  static constexpr int64_t tiles_per_plane(const Extent& extent) { return (extent.inner + kTile - 1) / kTile; }
+  constexpr int64_t begin(int64_t chunk) const { return chunk * units_per_chunk; }
+  constexpr int64_t end(int64_t chunk) const {
     const int64_t e = (chunk + 1) * units_per_chunk;
     return e < units ? e : units;
   }
 };
+
+// More rows than a 32-bit index names: every one of them is in a chunk, and the last ones in the last.
+constexpr int64_t kManyRows = (int64_t{1} << 40) + 1;
+constexpr bool covers_all(const Extent& extent, Layout layout, int64_t units) {
+  const Chunks chunks(extent, layout);
+  return chunks.units == units && chunks.begin(0) == 0 && chunks.end(chunks.count - 1) == units &&
+         chunks.begin(chunks.count - 1) < units && chunks.end(chunks.count - 2) == chunks.begin(chunks.count - 1);
+}
+static_assert(covers_all({kManyRows, 2, 1}, Layout::kRows, kManyRows));
+static_assert(covers_all({1, 2, kManyRows}, Layout::kPlanes, (kManyRows - 1) / Chunks::kTile + 1));
+static_assert(covers_all({kManyRows, 2, 1}, Layout::kPlanes, kManyRows));
+static_assert(covers_all({3, kManyRows, 1}, Layout::kRows, 3));
 
 struct CpuKernels {
   template <typename Problem>

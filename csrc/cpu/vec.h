@@ -221,6 +221,14 @@ NLLX_INLINE void store_first(T* p, Vec<typename AccOf<T>::type> v, int n) {
   store(lanes, v);
   memcpy(p, lanes, sizeof(T) * static_cast<size_t>(n));
 }
+#if NLLX_VECTOR_BYTES == 16
+// One by one, and what the other lanes hold, which may be anything, decides nothing.
+NLLX_INLINE void store_first(float16* p, Vec<float> v, int n) {
+  for (int i = 0; i < kLanes<float>; ++i) {
+    if (i < n) p[i] = from_acc<float16>(v[i]);
+  }
+}
+#endif
 
 #if NLLX_VECTOR_BYTES == 64
 NLLX_INLINE __mmask16 first_lanes16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -77,6 +78,39 @@ def test_exception_in_a_hook() -> None:
     )
 
 
+def test_error_while_another_is_under_way() -> None:
+    """Each is raised where it belongs, the first is kept as the context of the second, and nothing is left pending."""
+    x, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    with pytest.raises(IndexError, match="Target 5 is out of bounds") as raised:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            nllx.functional.cross_entropy(x, target + 2)
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
+
+    class Dies:
+        def __del__(self) -> None:  # runs while the stack of an error is taken down
+            with contextlib.suppress(IndexError):
+                nllx.functional.cross_entropy(x, target + 2)
+
+    def fails() -> None:
+        held = Dies()
+        nllx.functional.nll_loss(x, target[:3])
+        del held
+
+    with pytest.raises(ValueError, match="batch_size"):
+        fails()
+
+    hidden = x * 2
+    hidden.register_hook(lambda gradient: nllx.functional.nll_loss(gradient, target + 2))
+    with pytest.raises(IndexError, match="nll_loss: Target 5"):  # out of a backward that has begun
+        nllx.functional.cross_entropy(hidden, target).backward()
+    nllx.check_errors()
+    torch.testing.assert_close(
+        nllx.functional.cross_entropy(x, target), torch.nn.functional.cross_entropy(x, target)
+    )
+
+
 _INTERRUPTED = """
 import os, signal, threading, time, torch, nllx
 torch.set_num_threads(1)
@@ -118,6 +152,24 @@ def test_damaged_extension(kept: float, tmp_path: Path) -> None:
     assert run.returncode == 1, (run.returncode, run.stderr[-500:])
     assert "ImportError" in run.stderr
     assert "is damaged: it has been cut off; rebuild it" in run.stderr, run.stderr[-500:]
+
+
+def test_read_only_file_system(tmp_path: Path) -> None:
+    """The package on a file system that cannot be written, for root neither."""
+    _copy_of_the_package(tmp_path)
+    # Locals of a mount namespace of its own: gone when the shell ends.
+    script = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path} && ! touch {tmp_path}/written"
+    command = ["unshare", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*command, script], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    run = subprocess.run(
+        [*command, f"{script} && exec {sys.executable} -m nllx"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "self-check         passed" in run.stdout, run.stderr[-500:]
 
 
 def test_nothing_is_written_beside_the_package(tmp_path: Path) -> None:

@@ -44,13 +44,28 @@ def _exact(logits: Tensor, target: Tensor, weight: Tensor, smoothing: float) -> 
     return torch.from_numpy(loss), torch.from_numpy(gradient), torch.from_numpy(size)
 
 
+def _laid_out(logits: Tensor, layout: str) -> Tensor:
+    """The same rows (N, C), or as (1, C, N): planes, whose neighbouring rows are adjacent in memory, and rows of which each
+    begins anywhere, padded to an odd length."""
+    if layout == "planes":
+        return logits.t().contiguous()[None]
+    if layout == "padded":
+        room = logits.new_empty(logits.shape[0], logits.shape[1] + 3)[:, 2:-1]
+        return room.copy_(logits)
+    return logits.clone()
+
+
 def _errors(
-    function: Any, logits: Tensor, target: Tensor, exact: tuple[Tensor, Tensor], **options: Any
+    function: Any, layout: str, logits: Tensor, target: Tensor, exact: tuple[Tensor, Tensor], **options: Any
 ) -> tuple[float, float]:
     """The largest error of a loss in its ulp, and of a gradient in the eps of its dtype times the largest of its row."""
-    leaf = logits.clone().requires_grad_()
+    leaf = _laid_out(logits, layout).requires_grad_()
+    if layout == "planes":
+        target = target.t()[None] if target.is_floating_point() else target[None]
     loss = function(leaf, target, reduction="none", **options)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    if layout == "planes":
+        loss, gradient = loss[0], gradient[0].t()
     size = torch.maximum(exact[0].abs(), exact[2].squeeze(1))
     fits = exact[0].abs() <= torch.finfo(logits.dtype).max
     of_loss = ((loss.detach().double() - exact[0]).abs() / _ulp(size, logits.dtype))[fits]
@@ -61,8 +76,9 @@ def _errors(
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no extended precision on this machine")
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("option", ["plain", "smoothing", "weight", "probabilities"])
+@pytest.mark.parametrize("layout", ["rows", "planes", "padded"])
 def test_never_less_exact_than_torch(
-    option: str, dtype: torch.dtype, amount: Callable[[int, int], int], note: Callable[..., None]
+    layout: str, option: str, dtype: torch.dtype, amount: Callable[[int, int], int], note: Callable[..., None]
 ) -> None:
     worst = {"loss": 0.0, "loss, torch": 0.0, "gradient": 0.0, "gradient, torch": 0.0}
     problems = 0
@@ -81,8 +97,8 @@ def test_never_less_exact_than_torch(
             if option == "weight":
                 options["weight"] = weight
             exact = _exact(logits, target, weight if option == "weight" else torch.ones(classes), smoothing)
-            ours = _errors(nllx.functional.cross_entropy, logits, target, exact, **options)
-            theirs = _errors(torch.nn.functional.cross_entropy, logits, target, exact, **options)
+            ours = _errors(nllx.functional.cross_entropy, layout, logits, target, exact, **options)
+            theirs = _errors(torch.nn.functional.cross_entropy, layout, logits, target, exact, **options)
             for name, a, b in zip(("loss", "gradient"), ours, theirs, strict=True):
                 assert a <= max(_MOST_ULP, b), (name, classes, scale, a, b)
                 worst[name] = max(worst[name], a)
