@@ -98,9 +98,17 @@ run_kernels() {
     python tools/check_cuda_kernels.py
 }
 
+# With the address sanitizer, whose runtime has to be there first, and C++'s library with it, as torch throws through it. The
+# planted mistakes without it, for which each kernel is compiled anew.
 run_on_cpu() {
+    local preloaded='' name
+    for name in libasan.so libstdc++.so; do preloaded+=" $(g++ -print-file-name=$name)"; done
     # shellcheck disable=SC2086
-    python -m pytest tests/cuda_on_cpu -m '' $workers
+    NLLX_EMULATOR_SANITIZER=address LD_PRELOAD=${preloaded# } \
+        ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:detect_odr_violation=0:allocator_may_return_null=1 \
+        python -m pytest tests/cuda_on_cpu $workers
+    # shellcheck disable=SC2086
+    python -m pytest tests/cuda_on_cpu -m mutations $workers
 }
 
 find_nvcc

@@ -71,8 +71,8 @@ inline ChunkResult run_cross_entropy_value_and_grad(const CpuKernels& kernels, c
                                                     const CrossEntropyBackward& b, const Chunks& chunks, int type) {
   if (chunks.segments > 1) {  // a row's sums are known when all its segments are
     const ChunkResult total = run_cross_entropy_forward(kernels, f, type);
-    sum_over_chunks(
-        chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_backward[type](b, chunks, chunk, r); });
+    sum_over_chunks(chunks,
+                    [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_backward[type](b, chunks, chunk, r); });
     return total;
   }
   return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ?
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) {
               const int c = (lane + j * threads_per_row) * kSize - from;
-              if (c < classes) store_vector(grad, c, classes, gradient(values[j], c), aligned);
+              if (c < classes) store_vector(grad, c, classes, gradient.partly(values[j], c, classes), aligned);
             }
           }
         }

@@ -41,16 +41,32 @@ struct RowGradient {
   }
 
   __device__ __forceinline__ Vector<T> operator()(const Vector<T>& x, int64_t c) const {
-    // One comparison of 64 bits for the vector, not one for each element.
-    const int64_t ahead = target - c;
-    const int hit = ahead >= 0 && ahead < Vector<T>::kSize ? static_cast<int>(ahead) : -1;
     acc a[Vector<T>::kSize];
     if (has_terms) terms.load(c, a);
-    return Vector<T>::of(
-        [&](int i) { return at(x[i], (has_terms ? a[i] : acc(0)) + (i == hit ? target_term : acc(0))); });
+    return of_vector(x, c, a);
+  }
+  // The same where some of the vector's classes lie outside of the row, and have no probability and no weight to read.
+  __device__ __forceinline__ Vector<T> partly(const Vector<T>& x, int c, int classes) const {
+    acc a[Vector<T>::kSize];
+    if (has_terms) {
+      if (c >= 0 && c + Vector<T>::kSize <= classes) {
+        terms.load(c, a);
+      } else {
+#pragma unroll
+        for (int i = 0; i < Vector<T>::kSize; ++i) a[i] = c + i >= 0 && c + i < classes ? terms(c + i) : acc(0);
+      }
+    }
+    return of_vector(x, c, a);
   }
 
  private:
+  __device__ __forceinline__ Vector<T> of_vector(const Vector<T>& x, int64_t c, const acc* a) const {
+    // One comparison of 64 bits for the vector, not one for each element.
+    const int64_t ahead = target - c;
+    const int hit = ahead >= 0 && ahead < Vector<T>::kSize ? static_cast<int>(ahead) : -1;
+    return Vector<T>::of(
+        [&](int i) { return at(x[i], (has_terms ? a[i] : acc(0)) + (i == hit ? target_term : acc(0))); });
+  }
   __device__ __forceinline__ acc at(acc x, acc a) const {
     if (!counts) return acc(0);
     const acc g = ka * exp_of_many(x - max);

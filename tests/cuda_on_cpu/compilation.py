@@ -24,7 +24,6 @@ COMPILE = [
     "-std=c++17",
     "-O1",
     "-fPIC",
-    "-fsanitize=undefined",
     # No integer is narrowed but where the source says so: what is 64 bits wide, as indices and products are, stays so.
     "-Wconversion",
     "-Werror",
@@ -33,6 +32,13 @@ COMPILE = [
     "-fvisibility=hidden",
     "-fno-gnu-unique",
 ]
+
+# The runtime of the address sanitizer has to be in the process from the start (tools/cuda_check.sh). Local variables are left
+# out: fibers change stacks behind its back. A report ends the launch and not the process.
+ADDRESS_SANITIZER = os.environ.get("NLLX_EMULATOR_SANITIZER") == "address"
+SANITIZE = ["-fsanitize=undefined"]
+if ADDRESS_SANITIZER:
+    SANITIZE += ["-g1", "-fsanitize=address", "-fsanitize-recover=address", "--param", "asan-stack=0"]
 
 
 @functools.cache
@@ -51,7 +57,7 @@ def _run(command: Sequence[str | Path]) -> str:
 @functools.cache
 def _identity() -> str:
     """What the compiler makes of the same sources may differ by this."""
-    return "\n".join([_run([str(compiler()), "--version"]), torch.__version__, *COMPILE])
+    return "\n".join([_run([str(compiler()), "--version"]), torch.__version__, *COMPILE, *SANITIZE])
 
 
 def _hash(parts: Iterable[bytes | str]) -> str:
@@ -75,7 +81,7 @@ def _object(source: Path, folders: Sequence[Path]) -> Path:
         # torch's headers define the half types, which nvcc brings along.
         system = ["-isystem", Path(torch.__file__).parent / "include"]
         includes = [flag for folder in folders for flag in ("-I", folder)]
-        _run([str(compiler()), *COMPILE, *includes, *system, "-x", "c++", "-c", source, "-o", partial])
+        _run([str(compiler()), *COMPILE, *SANITIZE, *includes, *system, "-x", "c++", "-c", source, "-o", partial])
         partial.rename(made)
     return made
 
@@ -89,8 +95,8 @@ def library(sources: Iterable[tuple[Path, Path]]) -> Path:
         partial = made.with_suffix(f".{os.getpid()}")
         # Where there is no static library of the sanitizer, the loader has to find the shared one.
         found = _run([str(compiler()), "-print-file-name=libubsan.a"])
-        static = ["-static-libubsan"] if Path(found.strip()).is_absolute() else []
-        _run([str(compiler()), "-shared", "-fsanitize=undefined", *static, *objects, "-o", partial])
+        static = ["-static-libubsan"] if Path(found.strip()).is_absolute() and not ADDRESS_SANITIZER else []
+        _run([str(compiler()), "-shared", *SANITIZE, *static, *objects, "-o", partial])
         partial.rename(made)
     return made
 

@@ -16,6 +16,13 @@
 
 #include "cuda_runtime_api.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) static_cast<void>(0)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) static_cast<void>(0)
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file,
@@ -33,7 +40,7 @@ namespace {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
 constexpr size_t kMostDynamicShared = 227 << 10;  // of a block, on the newest architectures
-constexpr size_t kStackBytes = 256 << 10;         // the sanitizer formats its reports on it
+constexpr size_t kStackBytes = 1 << 20;           // the sanitizers format their reports on it
 
 struct Fiber {
   enum class State { kReady, kWaiting, kDone };
@@ -137,9 +144,24 @@ void handle_fault(int) {
   _longjmp(scheduler, 1);
 }
 
+#ifdef __SANITIZE_ADDRESS__
+// Ends the launch, and not the process. The report's first line says what, its second where.
+void note_report(const char* report) {
+  if (!error.empty()) return;
+  const std::string text = report;
+  const auto begin = text.find("AddressSanitizer: "), end = text.find('\n', begin);
+  const auto where = text.find("#0 ", end), where_end = text.find('\n', where);
+  error = begin == std::string::npos ? text : text.substr(begin, end - begin);
+  if (where != std::string::npos) error += " in " + text.substr(where, where_end - where);
+}
+#endif
+
 class FaultHandler {
  public:
   FaultHandler() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_set_error_report_callback(note_report);
+#endif
     struct sigaction action{};
     action.sa_handler = handle_fault;
     action.sa_flags = SA_NODEFER;  // it does not return
@@ -180,7 +202,9 @@ void describe_deadlock() {
 // Runs the threads of a block until all have returned; false with `error` set if they do not.
 bool run_block() {
   for (const auto& [p, bytes] : shared_arrays()) std::memset(p, 0xff, bytes);
+  ASAN_UNPOISON_MEMORY_REGION(dynamic_memory, sizeof(dynamic_memory));
   std::memset(dynamic_memory, 0xff, dynamic_bytes + 64);
+  ASAN_POISON_MEMORY_REGION(dynamic_memory + dynamic_bytes, sizeof(dynamic_memory) - dynamic_bytes);
   at_barrier = 0;
   for (auto& of_warp : meetings) of_warp.clear();
   for (unsigned i = 0; i < threads; ++i) {

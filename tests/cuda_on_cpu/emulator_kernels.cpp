@@ -96,6 +96,17 @@ __global__ void wild_kernel(float* out) { out[threadIdx.x == 7 ? int64_t{1} << 4
 
 }  // namespace
 
+// A float past the end of shared memory, through a pointer, whose bounds the compiler does not know.
+__global__ void beyond_shared_kernel(float* out) {
+  SHARED_ARRAY(float, shared, 64);
+  const float* volatile from = shared;
+  out[threadIdx.x] = from[threadIdx.x + 33];
+}
+__global__ void beyond_dynamic_shared_kernel(float* out) {
+  DYNAMIC_SHARED(memory);
+  out[threadIdx.x] = reinterpret_cast<const float*>(memory)[threadIdx.x + 33];
+}
+
 EXPORT int indices(unsigned* out) {
   CUDA_LAUNCH(indices_kernel, dim3(2, 3, 2), dim3(4, 3, 5), 0, nullptr, out);
   return cudaGetLastError();
@@ -126,6 +137,14 @@ EXPORT int misaligned(const float* in, float* out) {
 }
 EXPORT int wild(float* out) {
   CUDA_LAUNCH(wild_kernel, dim3(1), dim3(32), 0, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int beyond_shared(float* out) {
+  CUDA_LAUNCH(beyond_shared_kernel, dim3(1), dim3(32), 0, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int beyond_dynamic_shared(float* out) {
+  CUDA_LAUNCH(beyond_dynamic_shared_kernel, dim3(1), dim3(32), 64 * sizeof(float), nullptr, out);
   return cudaGetLastError();
 }
 EXPORT int deadlock() {

@@ -8,9 +8,17 @@ import mmap
 from collections.abc import Sequence
 
 import torch
+from compilation import ADDRESS_SANITIZER
 from torch import Tensor
 
 _libc = ctypes.CDLL(None)
+if ADDRESS_SANITIZER:
+    _forbid, _allow = _libc.__asan_poison_memory_region, _libc.__asan_unpoison_memory_region
+else:
+
+    def _forbid(begin: ctypes.c_void_p, size: ctypes.c_size_t) -> None: ...
+
+    def _allow(begin: ctypes.c_void_p, size: ctypes.c_size_t) -> None: ...
 
 
 def _window(shape: Sequence[int], stride: Sequence[int]) -> int:
@@ -20,7 +28,8 @@ def _window(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 class Memory:
     """Tensors in memory of their own: what lies around a tensor and between its elements is NaN, or -1, and less than
-    16 bytes after its end begins a page that cannot be accessed."""
+    16 bytes after its end begins a page that cannot be accessed; with the address sanitizer the bytes before that page cannot
+    be accessed either, until ``check``."""
 
     def __init__(self) -> None:
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []  # buffer, tensor, bytes that it has to keep
@@ -38,6 +47,18 @@ class Memory:
         begin = (len(buffer) - size - misaligned) // 16 * 16 + misaligned
         return buffer, buffer[begin : begin + size].view(dtype).as_strided(shape, stride)
 
+    def _close(self, buffer: Tensor, tensor: Tensor) -> None:
+        end = tensor.data_ptr() + _window(tensor.shape, tensor.stride()) * tensor.itemsize
+        _forbid(address(buffer), ctypes.c_size_t(tensor.data_ptr() // 8 * 8 - buffer.data_ptr()))
+        _forbid(ctypes.c_void_p(end), ctypes.c_size_t(buffer.data_ptr() + len(buffer) - end))
+
+    def _open(self) -> None:
+        for buffer, _, _ in self._tensors:
+            _allow(address(buffer), ctypes.c_size_t(len(buffer)))
+
+    def __del__(self) -> None:
+        self._open()
+
     def copy(self, tensor: Tensor, shift: int | None = None) -> Tensor:
         """A copy that may only be read, with the tensor's strides and what lies between its elements, `shift` elements
         past a 16-byte boundary (by default as the tensor is)."""
@@ -48,6 +69,7 @@ class Memory:
         everything = [_window(tensor.shape, tensor.stride())], [1]
         copy.as_strided(*everything).copy_(tensor.as_strided(*everything))
         self._tensors.append((buffer, copy, buffer.clone()))
+        self._close(buffer, copy)
         return copy
 
     def empty(
@@ -58,6 +80,7 @@ class Memory:
             stride = torch.empty(shape, device="meta").stride()
         buffer, tensor = self._place(shape, stride, dtype, shift)
         self._tensors.append((buffer, tensor, None))
+        self._close(buffer, tensor)
         return tensor
 
     def like(self, tensor: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
@@ -66,6 +89,7 @@ class Memory:
 
     def check(self) -> None:
         """Nothing was written but what ``empty`` returned."""
+        self._open()
         for buffer, tensor, kept in self._tensors:
             if kept is not None:
                 assert torch.equal(buffer, kept), "an input was written, or memory beside it"

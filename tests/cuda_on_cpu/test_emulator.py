@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import pytest
 import torch
+from compilation import ADDRESS_SANITIZER
 from emulator import ASCENDING, DESCENDING, RANDOM, Emulator, KernelError, Launch
 from memory import Memory, address, bits
 from torch import Tensor
@@ -145,5 +147,19 @@ def test_reads_past_the_end(emulator: Emulator) -> None:
     """…whose value is not used stop a kernel as well."""
     memory = Memory()
     source, out = memory.copy(torch.rand(124)), memory.empty([128], torch.float32)
-    with pytest.raises(KernelError, match="segmentation fault in thread 31 of block 0"):
+    with pytest.raises(KernelError, match=r"segmentation fault in thread 31 of block 0|AddressSanitizer: "):
         emulator.run(lambda: emulator.library.misaligned(address(source), address(out)))
+
+
+@pytest.mark.skipif(
+    not ADDRESS_SANITIZER, reason="the address sanitizer is not in this process (tools/cuda_check.sh on-cpu)"
+)
+def test_the_address_sanitizer_reports(emulator: Emulator) -> None:
+    """A float past the end, before the page that cannot be accessed; shared memory past its end."""
+    memory = Memory()
+    source, out = memory.copy(torch.rand(127)), memory.empty([128], torch.float32)
+    with pytest.raises(KernelError, match="AddressSanitizer: "):
+        emulator.run(lambda: emulator.library.misaligned(address(source), address(out)))
+    for run in (emulator.library.beyond_shared, emulator.library.beyond_dynamic_shared):
+        with pytest.raises(KernelError, match="AddressSanitizer"):
+            emulator.run(functools.partial(run, address(torch.zeros(64))))

@@ -181,9 +181,7 @@ class Array {
   }
   int64_t size() const { return size_; }
   Strides strides() const { return strides_; }
-  void allow_reads() {
-    VALGRIND_MAKE_MEM_DEFINED(block_.get(), static_cast<size_t>(size_ + shift_) * bytes_of(type_));
-  }
+  void allow_reads() { VALGRIND_MAKE_MEM_DEFINED(block_.get(), static_cast<size_t>(size_ + shift_) * bytes_of(type_)); }
   void copy_from(Array& other) { std::memcpy(data(), other.data(), static_cast<size_t>(size_) * bytes_of(type_)); }
   // Whether no two elements lie at one place.
   bool has_apart_elements() const {
@@ -460,7 +458,8 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
     for (int64_t row = 0; row < rows && comparable && e.classes > 0; ++row) {
       const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
       if (t.index && y == t.ignore_index) {
-        if (per_row) expect(row_loss.get(row) == 0, p, capability.name.c_str(), "loss of an ignored row", row_loss.get(row), 0);
+        if (per_row)
+          expect(row_loss.get(row) == 0, p, capability.name.c_str(), "loss of an ignored row", row_loss.get(row), 0);
         continue;
       }
       const Exact lse = log_sum_exp(logits, e, o, i);
@@ -476,15 +475,16 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
       const double tolerance = 64 * epsilon_of(acc) * static_cast<double>(1 + size) +
                                2 * epsilon_of(row_loss_is_acc ? acc : p.type) * std::fabs(loss);
       if (per_row && std::fabs(loss) < 6e4) {
-        expect(near(row_loss.get(row), loss, tolerance), p, capability.name.c_str(), "loss of a row", row_loss.get(row), loss);
+        expect(near(row_loss.get(row), loss, tolerance), p, capability.name.c_str(), "loss of a row", row_loss.get(row),
+               loss);
       }
     }
     if (comparable) {
       expect(near(total.loss, static_cast<double>(sum), 64 * epsilon_of(acc) * static_cast<double>(1 + scale)), p,
              capability.name.c_str(), "sum of losses", total.loss, static_cast<double>(sum));
       if (t.index) {
-        expect(near(total.weight, total_weight, 1e-6 * (1 + total_weight)), p, capability.name.c_str(), "sum of weights",
-               total.weight, total_weight);
+        expect(near(total.weight, total_weight, 1e-6 * (1 + total_weight)), p, capability.name.c_str(),
+               "sum of weights", total.weight, total_weight);
       }
     }
 
@@ -515,8 +515,8 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
     chunks.stream = stream && !over_logits;
     if (both) {
       const ChunkResult again = run_cross_entropy_value_and_grad(*capability.kernels, f, b, chunks, type);
-      expect(near(again.loss, total.loss, 0), p, capability.name.c_str(), "sum of losses, value and gradient", again.loss,
-             total.loss);
+      expect(near(again.loss, total.loss, 0), p, capability.name.c_str(), "sum of losses, value and gradient",
+             again.loss, total.loss);
     } else {
       run(b, chunks, capability.kernels->cross_entropy_backward[type]);
     }
@@ -602,10 +602,11 @@ void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<CpuCapability>
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t y = load_index(t.index, t.index_type, row);
       for (int64_t c = 0; c < e.classes; ++c) {
-        const double expected = c == y && y != t.ignore_index ? -incoming.get(per_row ? row : 0) * (t.weight ? weight.get(y) : 1) : 0;
+        const double expected =
+            c == y && y != t.ignore_index ? -incoming.get(per_row ? row : 0) * (t.weight ? weight.get(y) : 1) : 0;
         const double actual = gradient.get(row / e.inner, c, row % e.inner);
-        expect(near(actual, expected, 2 * epsilon_of(p.type) * std::fabs(expected) + 0x1p-24), p, capability.name.c_str(),
-               "gradient of nll_loss", actual, expected);
+        expect(near(actual, expected, 2 * epsilon_of(p.type) * std::fabs(expected) + 0x1p-24), p,
+               capability.name.c_str(), "gradient of nll_loss", actual, expected);
       }
     }
   }

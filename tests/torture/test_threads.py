@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 import nllx
+
+ROOT = Path(nllx.__file__).resolve().parent.parent
 
 
 def _problems() -> list[Callable[[], tuple[Tensor, ...]]]:
@@ -118,3 +122,15 @@ def test_results_of_other_processes_are_the_same(tmp_path: Any) -> None:
         subprocess.run([sys.executable, "-c", program, threads, str(tmp_path), here, root], check=True, timeout=300)
         actual = torch.load(tmp_path / "out.pt")
         assert all(_same(tuple(a), b) for a, b in zip(actual, expected, strict=True)), threads
+
+
+@pytest.mark.skipif(getattr(sys, "_is_gil_enabled", lambda: True)(), reason="Python has its lock")
+def test_the_lock_stays_off() -> None:
+    """An extension that does not say that it can do without gives free-threaded Python its lock back when it is loaded."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import sys, nllx; print(sys._is_gil_enabled())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == "False", run.stderr
