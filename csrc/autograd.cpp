@@ -187,6 +187,9 @@ Tensor cross_entropy_value_and_grad_out_autograd(const Tensor& logits, const Ten
   TORCH_CHECK(!(requires_grad(out) && out.is_leaf()),
               "cross_entropy_value_and_grad: out is a leaf Variable that requires grad; it would lose its values: give "
               "out.detach(), or another tensor");
+  TORCH_CHECK(
+      !out.is_neg() && !out.is_conj(),
+      "cross_entropy_value_and_grad: out is a negated view, whose memory holds other numbers; give another tensor");
   TORCH_CHECK(!(requires_grad(out) && is_view_of_leaf(out)),
               "cross_entropy_value_and_grad: out is a view of a leaf Variable that requires grad, which would lose its "
               "values: give out.detach(), or another tensor");

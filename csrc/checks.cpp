@@ -200,12 +200,23 @@ void raise_bad_target(const char* op, at::IntArrayRef sizes, int64_t row, int64_
                     ")");
 }
 
+void check_memory(const char* op, const char* name, const Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t elements = t.storage_offset() + 1;
+  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  const size_t wanted = static_cast<size_t>(elements) * t.element_size(), there = t.storage().nbytes();
+  TORCH_CHECK(wanted <= there && t.const_data_ptr(), op, ": the memory of ", name,
+              " has been freed (by untyped_storage().resize_, say), or its data is not allocated yet: shape ",
+              list(t.sizes()), " needs ", number(wanted), " bytes of a storage that has ", number(there));
+}
+
 void check_saved(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
                  const Tensor& input) {
   TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel && t.device() == input.device(), op, ": ", name,
               " must have ", number(numel), " elements of dtype ", dtype, " on ", input.device().str(),
               ", as the forward returns it, but got shape ", list(t.sizes()), " of dtype ", t.scalar_type(), " on ",
               t.device().str());
+  check_memory(op, name, t);
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel, const Tensor& input) {
@@ -214,7 +225,10 @@ void check_grad_output(const char* op, const Tensor& grad_output, int64_t numel,
               op, ": grad_output must be floating point with ", number(numel), " elements (the loss has) on ",
               input.device().str(), ", but got shape ", list(grad_output.sizes()), " of dtype ",
               grad_output.scalar_type(), " on ", grad_output.device().str());
+  check_memory(op, "grad_output", grad_output);
 }
+
+Tensor apart_from(const Tensor& t, const Tensor& out) { return out.defined() && may_overlap(out, t) ? t.clone() : t; }
 
 void check_no_internal_overlap(const char* op, const char* name, const Tensor& t) {
   TORCH_CHECK(t.numel() == 0 || nested_strides(t), op, ": elements of ", name, " share memory with each other (shape ",
@@ -229,6 +243,7 @@ void check_out(const char* op, const Tensor& out, const Tensor& input, const Ten
       ": out must have shape ", list(input.sizes()), " and dtype ", input.scalar_type(), " on ", input.device().str(),
       ", as logits has, but got ", list(out.sizes()), " and ", out.scalar_type(), " on ", out.device().str());
   check_no_internal_overlap(op, "out", out);
+  check_memory(op, "out", out);
   const bool same = out.const_data_ptr() == input.const_data_ptr() && out.strides() == input.strides();
   const auto check = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(!may_overlap(out, t), op, ": out shares memory with ", name,
@@ -282,7 +297,7 @@ IndexType index_type(ScalarType dtype) {
     case ScalarType::Byte:
       return IndexType::kUInt8;
     default:
-      TORCH_INTERNAL_ASSERT(false, "not the dtype of class indices: ", dtype);
+      TORCH_CHECK(false, "nllx: class indices must be int64, int32, int16, int8 or uint8, but got ", dtype);
   }
 }
 

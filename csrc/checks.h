@@ -32,6 +32,10 @@ void check_loss_arguments(const LossArguments& args);
 [[noreturn]] void raise_bad_target(const char* op, at::IntArrayRef target_sizes, int64_t row, int64_t value,
                                    int64_t classes, int64_t ignore_index);
 
+// Raises where the elements of t do not lie in its storage, which whoever holds it may free or shrink
+// (t.untyped_storage().resize_(0)). For every tensor whose memory a kernel gets.
+void check_memory(const char* op, const char* name, const at::Tensor& t);
+
 // For the backward operators: tensors that the forward has made must still fit.
 void check_saved(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel,
                  const at::Tensor& input);
@@ -43,6 +47,8 @@ void check_no_internal_overlap(const char* op, const char* name, const at::Tenso
 // input, but not a part of it, and not one of the other tensors.
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& input, const at::Tensor& target,
                const std::optional<at::Tensor>& weight);
+// t, or a copy of it where it shares memory with `out`, if that is given: what is read while out is written.
+at::Tensor apart_from(const at::Tensor& t, const at::Tensor& out);
 
 // Loss and gradient at once: one loss per row has no gradient.
 void check_reduced(const char* op, int64_t reduction);

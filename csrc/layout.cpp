@@ -64,7 +64,7 @@ bool view(const at::Tensor& t, int64_t class_dim, Form form, Extent& extent, Str
 }  // namespace
 
 bool is_aligned(const at::Tensor& t) {
-  return !t.is_cpu() || reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+  return reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
 }
 
 at::Tensor aligned(const at::Tensor& t) { return is_aligned(t) ? t : t.clone(); }

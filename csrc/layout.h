@@ -11,7 +11,7 @@
 namespace nllx {
 
 // aligned: t, or a copy of it where its elements do not begin at multiples of their size, as in memory from outside of
-// torch (torch.frombuffer with an odd offset): no C++ type may lie there. Of a GPU's memory none begins so.
+// torch (torch.frombuffer with an odd offset): no C++ type may lie there.
 bool is_aligned(const at::Tensor& t);
 at::Tensor aligned(const at::Tensor& t);
 

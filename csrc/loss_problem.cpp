@@ -61,6 +61,8 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   p.row_sizes = at::DimVector(args.input.sizes());
   p.row_sizes.erase(p.row_sizes.begin() + p.class_dim);
   const bool weighted = args.weight.has_value() && args.weight->defined();
+  check_memory(args.op, "target", args.target);
+  if (weighted) check_memory(args.op, "weight", *args.weight);
 
   p.loss_dtype = args.input.scalar_type();
   if (p.probabilities_given) {
@@ -111,13 +113,14 @@ Tensor incoming_gradient(const Tensor& grad_output, const LossProblem& loss, con
                          const void*& pointer, int64_t& stride) {
   const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
   check_grad_output(op, grad_output, per_row ? loss.rows() : 1, loss.input);
-  Tensor g = aligned(grad_output.to(loss.acc_dtype).contiguous());
+  const Tensor g = aligned(grad_output.to(loss.acc_dtype).contiguous());
   pointer = g.const_data_ptr();
   stride = per_row ? 1 : 0;
   return g;
 }
 
 Arrays share_layout(LossProblem& loss, Tensor* output) {
+  check_memory("nllx", "the input", loss.input);
   c10::SmallVector<Tensor, 3> tensors{loss.input};
   if (loss.probabilities_given) tensors.push_back(loss.probabilities);
   if (output) tensors.push_back(*output);

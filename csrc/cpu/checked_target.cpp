@@ -14,6 +14,7 @@ namespace nllx {
 
 at::Tensor checked_target_cpu(const at::Tensor& target, int64_t classes, int64_t ignore_index, std::string_view op) {
   const IndexType type = index_type(target.scalar_type());
+  check_memory("nllx", "target", target);
   const at::Tensor source = aligned(target.contiguous());
   at::Tensor result = at::empty(target.sizes(), target.options().dtype(at::kLong));
   const void* index = source.const_data_ptr();

@@ -18,6 +18,7 @@ Tensor log_softmax_forward_cpu(const Tensor& input, int64_t dim) {
   dim = at::maybe_wrap_dim(dim, input.dim());
   Tensor output = empty_like_large(input, at::MemoryFormat::Contiguous);  // as torch has it: users call view() on it
   if (input.numel() == 0) return output;
+  check_memory("log_softmax", "input", input);
   if (input.dim() == 0) return output.copy_(input.sub(input));  // one class: log 1, and NaN for what has no logarithm
   Tensor source = aligned(input), computed = output;
   const Arrays arrays = share_layout({&source}, computed, dim);
@@ -36,6 +37,8 @@ Tensor log_softmax_backward_cpu(const Tensor& grad_output, const Tensor& output,
   dim = at::maybe_wrap_dim(dim, output.dim());
   Tensor grad = empty_like_large(output);
   if (output.numel() == 0) return grad;
+  check_memory("log_softmax", "grad_output", grad_output);
+  check_memory("log_softmax", "output", output);
   if (output.dim() == 0) return grad.copy_(grad_output.sub(output.exp().mul(grad_output)));
   Tensor g = aligned(grad_output), y = aligned(output), computed = grad;
   const Arrays arrays = share_layout({&g, &y}, computed, dim);

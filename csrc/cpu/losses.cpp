@@ -84,14 +84,16 @@ Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& ar
   LossProblem loss = make_loss_problem(args, std::nullopt);
   const void* incoming = nullptr;
   int64_t incoming_stride = 0;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, incoming, incoming_stride);
+  const Tensor g =
+      incoming_gradient(apart_from(grad_output, out), loss, args.op, args.reduction, incoming, incoming_stride);
   check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), args.input);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, args.input);
   if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
   Tensor grad = empty_gradient(loss, out), computed = grad;
   if (loss.rows() > 0) {
     const Arrays arrays = share_layout(loss, &computed);
-    const Tensor contiguous_stats = aligned(row_stats.contiguous()), divisor = aligned(total_weight);
+    const Tensor contiguous_stats = aligned(apart_from(row_stats, out).contiguous()),
+                 divisor = aligned(apart_from(total_weight, out));
     CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, divisor, args.reduction);
     p.grad_output = incoming;
     p.grad_output_stride = incoming_stride;

@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile
 // Where a thread begins in its row, which it walks around: with rows of an even number of 4-byte words, threads that
 // all begin at their first class would meet in few of the memory's banks.
 __device__ __forceinline__ int first_class(int classes, int element_bytes) {
-  return classes * element_bytes % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0;
+  return classes > 0 && classes * element_bytes % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0;
 }
 
 // Unit of work: kTileThreads neighbouring rows by a block, a thread each, from shared memory. Reads each logit once, 16

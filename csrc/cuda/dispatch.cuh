@@ -36,7 +36,11 @@ void with_terms(const Targets& t, Body body) {
   }
 }
 
-inline dim3 grid_of(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
+// No more than CUDA launches: kernels whose blocks are as many as their units walk over them.
+inline dim3 grid_of(int64_t blocks) {
+  constexpr int64_t kMost = INT32_MAX;
+  return dim3(static_cast<unsigned>(blocks < kMost ? blocks : kMost));
+}
 inline dim3 block_of(int threads) { return dim3(static_cast<unsigned>(threads)); }
 
 }  // namespace nllx

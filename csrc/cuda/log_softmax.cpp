@@ -23,8 +23,9 @@ Tensor log_softmax_forward_cuda(const Tensor& input, int64_t dim) {
   const c10::cuda::CUDAGuard guard(input.device());
   Tensor output = at::empty_like(input, at::MemoryFormat::Contiguous);  // as torch has it: users call view() on it
   if (input.numel() == 0) return output;
+  check_memory("log_softmax", "input", input);
   if (input.dim() == 0) return output.copy_(input.sub(input));  // one class: log 1, and NaN for what has no logarithm
-  Tensor source = input, computed = output;
+  Tensor source = aligned(input), computed = output;
   const Arrays arrays = share_layout({&source}, computed, dim);
   LogSoftmaxForward p{
       arrays.extent,    arrays.layout, source.const_data_ptr(), arrays.strides[0], computed.mutable_data_ptr(),
@@ -40,8 +41,10 @@ Tensor log_softmax_backward_cuda(const Tensor& grad_output, const Tensor& output
   const c10::cuda::CUDAGuard guard(output.device());
   Tensor grad = at::empty_like(output);
   if (output.numel() == 0) return grad;
+  check_memory("log_softmax", "grad_output", grad_output);
+  check_memory("log_softmax", "output", output);
   if (output.dim() == 0) return grad.copy_(grad_output.sub(output.exp().mul(grad_output)));
-  Tensor g = grad_output, y = output, computed = grad;
+  Tensor g = aligned(grad_output), y = aligned(output), computed = grad;
   const Arrays arrays = share_layout({&g, &y}, computed, dim);
   LogSoftmaxBackward p{arrays.extent,      arrays.layout,     g.const_data_ptr(),          arrays.strides[0],
                        y.const_data_ptr(), arrays.strides[1], computed.mutable_data_ptr(), arrays.strides[2]};

@@ -97,17 +97,19 @@ Tensor cross_entropy_gradient(const Tensor& grad_output, const LossArguments& ar
   const c10::cuda::CUDAGuard guard(args.input.device());
   const void* incoming = nullptr;
   int64_t incoming_stride = 0;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, args.reduction, incoming, incoming_stride);
+  const Tensor g =
+      incoming_gradient(apart_from(grad_output, out), loss, args.op, args.reduction, incoming, incoming_stride);
   check_saved(args.op, "row_stats", row_stats, loss.acc_dtype, 2 * loss.rows(), args.input);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, args.input);
   if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
-  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
+  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type() && is_aligned(out);
   Tensor grad = direct ? out : at::empty_like(loss.input), computed = grad;
   if (grad.numel() > 0) {
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const Arrays arrays = share_layout(loss, &computed);
-    const Tensor contiguous_stats = row_stats.contiguous();
-    CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, total_weight, args.reduction);
+    const Tensor contiguous_stats = aligned(apart_from(row_stats, out).contiguous()),
+                 divisor = aligned(apart_from(total_weight, out));
+    CrossEntropyBackward p = backward_problem(loss, arrays, computed, contiguous_stats, divisor, args.reduction);
     p.grad_output = incoming;
     p.grad_output_stride = incoming_stride;
     const Tensor mass =
@@ -128,7 +130,7 @@ std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDty
   if (out.defined()) check_out(args.op, out, args.input, args.target, args.weight);
   const at::TensorOptions accs = loss.input.options().dtype(loss.acc_dtype);
   Tensor result = empty_loss(loss, args.reduction), total_weight = at::empty({2}, accs);
-  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type();
+  const bool direct = out.defined() && out.scalar_type() == loss.input.scalar_type() && is_aligned(out);
   Tensor grad = direct ? out : at::empty_like(loss.input), computed = grad;
   if (loss.rows() == 0 || loss.input.numel() == 0) {
     // Rows without classes have a loss, and no gradient.
@@ -230,6 +232,7 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
   NllLossBackward p;
   const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
   check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, log_probs);
+  const Tensor divisor = aligned(total_weight);
   Tensor grad = at::empty_like(log_probs);
   if (grad.numel() == 0) return grad;
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
@@ -238,7 +241,7 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
   p.extent = arrays.extent;
   p.layout = arrays.layout;
   p.targets = loss.targets;
-  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = total_weight.const_data_ptr();
+  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = divisor.const_data_ptr();
   p.grad_log_probs = computed.mutable_data_ptr();
   p.grad_strides = arrays.strides[0];
   C10_CUDA_CHECK(launch_nll_loss_backward(p, loss.float_type(), current_cuda_device(), bad_target_record(), stream));
@@ -249,7 +252,8 @@ Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs
 Tensor checked_target_cuda(const Tensor& target, int64_t classes, int64_t ignore_index, std::string_view /*op*/) {
   raise_pending_bad_target();
   const c10::cuda::CUDAGuard guard(target.device());
-  const Tensor source = target.contiguous();
+  check_memory("nllx", "target", target);
+  const Tensor source = aligned(target.contiguous());
   Tensor result = at::empty(target.sizes(), target.options().dtype(at::kLong));
   if (target.numel() == 0) return result;
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();

@@ -22,7 +22,9 @@ CudaDevice current_cuda_device() {
 
 unsigned* zero_counters(const at::TensorOptions& options, cudaStream_t stream, at::Tensor& owner) {
   const auto allocate = [&] { return at::zeros({kCounters}, options.dtype(at::kInt)); };
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+  // cudaStreamPerThread is one handle for a stream of each thread, whose launches run at once.
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None ||
+      stream == cudaStreamPerThread) {
     owner = allocate();
   } else {
     static std::mutex mutex;
