@@ -413,6 +413,20 @@ class TestValues:
             masked = torch.cat([torch.full((3, columns), -inf), logits, torch.full((3, 2 * columns), -inf)], 1)
             assert_close(N.cross_entropy(masked, t + columns), N.cross_entropy(logits, t))
 
+    def test_nllx_infinite_coefficient_of_the_largest_logit(self) -> None:
+        """NaN, where torch has inf; that of another class gives inf in both."""
+        logits, weight = torch.tensor([[3.0, 1.0, 2.0, 0.0]]), torch.ones(4)
+        for place in range(4):
+            infinite = weight.clone()
+            infinite[place] = inf
+            for target, options in (
+                (torch.tensor([1]), {"weight": infinite, "label_smoothing": 0.1}),
+                (infinite[None] / 4, {}),
+            ):
+                got, theirs = (f.cross_entropy(logits, target, reduction="sum", **options) for f in (N, F))
+                assert theirs == inf
+                assert got.isnan() if place == 0 else got == inf
+
     @pytest.mark.parametrize("op", LOSSES)
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_nllx_zero_weight_of_a_masked_target(self, op: str, reduction: str) -> None:
