@@ -149,7 +149,7 @@ def test_links(page: Path) -> None:
 
 
 def test_differences_name_tests_that_exist() -> None:
-    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
     named = re.findall(r"`((?:test_|Test)\w+)`", (ROOT / "docs/differences.md").read_text())
     assert len(named) > 20
     for name in named:

@@ -764,7 +764,7 @@ def test_autocast_with_float64_weights_and_probabilities() -> None:
 
 def test_differences_name_their_tests() -> None:
     root = Path(__file__).resolve().parent
-    sources = "".join(path.read_text() for path in root.glob("test_*.py"))
+    sources = "".join(path.read_text() for path in root.rglob("test_*.py"))
     rows = [line for line in (root.parent / "docs" / "differences.md").read_text().splitlines() if line.endswith("` |")]
     named = [line.rsplit("`", 2)[1] for line in rows]
     assert len(named) > 10
