@@ -32,13 +32,14 @@ namespace cuda_emulator {
 
 uint3 thread_index, block_index;
 dim3 block_dim, grid_dim;
-unsigned lane;
+unsigned lane, cluster_rank, cluster_blocks = 1;
 uint64_t order = 0;
 unsigned most_blocks = 0;
 
 namespace {
 
-constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostWarps = kMostThreads / kWarp;
+constexpr unsigned kMostFibers = 4096;            // threads of a cluster
 constexpr size_t kMostDynamicShared = 227 << 10;  // of a block, on the newest architectures
 constexpr size_t kStackBytes = 1 << 20;           // the sanitizers format their reports on it
 
@@ -47,10 +48,12 @@ struct Fiber {
   State state = State::kDone;
   bool has_context = false;  // it stands in `run_fiber` or in a kernel, and not before the first switch to it
   jmp_buf context;
-  unsigned thread = 0;
-  uint3 index{};
+  unsigned rank = 0, thread = 0;  // its block in the cluster, and its number in the block
+  uint3 index{}, block{};
   const char* where = "";  // what it waits in
   uint64_t result = 0;     // of a warp collective
+  bool arrived = false;    // at the cluster's barrier, and has not waited there since
+  uint64_t phase = 0;      // that the cluster's barrier then had
 };
 
 // The lanes of one mask that have arrived at a collective. Subsets of a warp may meet apart, so there is one for each
@@ -62,17 +65,23 @@ struct Meeting {
   unsigned sources[kWarp];
 };
 
-Fiber fibers[kMostThreads];
+Fiber fibers[kMostFibers];
 Fiber* current;
 jmp_buf scheduler;
 
-// The block that runs.
+// The cluster that runs.
 void (*body)(const void*);
 const void* arguments;
-unsigned threads;
-unsigned at_barrier;
-int votes, vote_result;
-std::vector<Meeting> meetings[kMostThreads / kWarp];
+unsigned threads;         // of a block
+unsigned cluster_arrived;  // threads at its barrier
+uint64_t cluster_phase;    // how often the barrier has opened
+
+struct Block {
+  unsigned at_barrier = 0;
+  int votes = 0, vote_result = 0;
+  std::vector<Meeting> meetings[kMostWarps];
+};
+Block blocks[kMostClusterBlocks];
 
 std::string error;         // of the block, or what the sanitizer reported; ends the launch
 std::string last_message;  // of the last launch that failed
@@ -80,12 +89,17 @@ cudaError_t last_error = cudaSuccess;
 std::string launch_log;  // a line for each launch: kernel, blocks, threads
 std::mt19937_64 random_bits;
 
-alignas(16) char dynamic_memory[kMostDynamicShared + 64];  // what lies behind it is NaN too
-size_t dynamic_bytes;                                      // of the launch
+constexpr size_t kDynamicStride = kMostDynamicShared + 64;  // what lies behind it is NaN too
+alignas(16) char dynamic_memory[kMostClusterBlocks * kDynamicStride];
+size_t dynamic_bytes;  // of the launch
 
+struct Shared {
+  char* begin;
+  size_t bytes, stride;
+};
 // In a function, since static constructors of other files add to it.
-std::vector<std::pair<void*, size_t>>& shared_arrays() {
-  static std::vector<std::pair<void*, size_t>> arrays;
+std::vector<Shared>& shared_arrays() {
+  static std::vector<Shared> arrays;
   return arrays;
 }
 
@@ -113,22 +127,24 @@ void run_fiber() {
   }
 }
 
-char* stack_of(unsigned thread) {
-  static char* const stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMostThreads, PROT_READ | PROT_WRITE,
+char* stack_of(const Fiber& fiber) {
+  static char* const stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMostFibers, PROT_READ | PROT_WRITE,
                                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  return stacks + thread * kStackBytes;
+  return stacks + static_cast<size_t>(&fiber - fibers) * kStackBytes;
 }
 
 __attribute__((noinline)) void resume(Fiber& fiber) {
   current = &fiber;
   thread_index = fiber.index;
+  block_index = fiber.block;
+  cluster_rank = fiber.rank;
   lane = fiber.thread % kWarp;
   if (_setjmp(scheduler) != 0) return;
   if (fiber.has_context) _longjmp(fiber.context, 1);
   fiber.has_context = true;
   ucontext_t start;
   getcontext(&start);
-  start.uc_stack.ss_sp = stack_of(fiber.thread);
+  start.uc_stack.ss_sp = stack_of(fiber);
   start.uc_stack.ss_size = kStackBytes;
   start.uc_link = nullptr;
   makecontext(&start, run_fiber, 0);
@@ -139,7 +155,7 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
 void handle_fault(int) {
   if (error.empty()) {
     error = "segmentation fault in thread " + std::to_string(current->thread) + " of block " +
-            std::to_string(block_index.x);
+            std::to_string(current->block.x);
   }
   _longjmp(scheduler, 1);
 }
@@ -186,49 +202,73 @@ std::vector<unsigned> count_to(unsigned n) {
 }
 
 void describe_deadlock() {
-  std::map<std::string, std::vector<unsigned>> waiting;
-  for (unsigned i = 0; i < threads; ++i) {
+  std::map<std::string, std::vector<const Fiber*>> waiting;
+  for (unsigned i = 0; i < cluster_blocks * threads; ++i) {
     waiting[fibers[i].state == Fiber::State::kDone ? "have returned" : std::string("wait in ") + fibers[i].where]
-        .push_back(i);
+        .push_back(&fibers[i]);
   }
-  error = "deadlock in block " + std::to_string(block_index.x) + ":";
+  error = "deadlock in block " + std::to_string(fibers[0].block.x) + (cluster_blocks > 1 ? " and its cluster:" : ":");
   for (const auto& [what, which] : waiting) {
-    error += " " + std::to_string(which.size()) + " threads " + what + " (thread " + std::to_string(which.front()) +
+    error += " " + std::to_string(which.size()) + " threads " + what + " (thread " +
+             std::to_string(which.front()->thread) + " of block " + std::to_string(which.front()->block.x) +
              " first);";
   }
   error.pop_back();
 }
 
-// Runs the threads of a block until all have returned; false with `error` set if they do not.
-bool run_block() {
-  for (const auto& [p, bytes] : shared_arrays()) std::memset(p, 0xff, bytes);
+// Shared memory as it is before a block begins.
+void clear_shared() {
+  for (const Shared& array : shared_arrays()) {
+    for (unsigned b = 0; b < cluster_blocks; ++b) std::memset(array.begin + b * array.stride, 0xff, array.bytes);
+  }
   ASAN_UNPOISON_MEMORY_REGION(dynamic_memory, sizeof(dynamic_memory));
-  std::memset(dynamic_memory, 0xff, dynamic_bytes + 64);
-  ASAN_POISON_MEMORY_REGION(dynamic_memory + dynamic_bytes, sizeof(dynamic_memory) - dynamic_bytes);
-  at_barrier = 0;
-  for (auto& of_warp : meetings) of_warp.clear();
-  for (unsigned i = 0; i < threads; ++i) {
-    fibers[i].state = Fiber::State::kReady;
-    fibers[i].thread = i;
-    fibers[i].index = {i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y)};
+  for (unsigned b = 0; b < cluster_blocks; ++b) {
+    char* const of_block = dynamic_memory + b * kDynamicStride;
+    std::memset(of_block, 0xff, dynamic_bytes + 64);
+    ASAN_POISON_MEMORY_REGION(of_block + dynamic_bytes, kDynamicStride - dynamic_bytes);
+  }
+}
+
+// Runs the threads of a cluster, whose first block is `first`, until all have returned; false with `error` set if they
+// do not.
+bool run_cluster(unsigned first) {
+  clear_shared();
+  cluster_arrived = 0;
+  cluster_phase = 0;
+  const unsigned all = cluster_blocks * threads, warps_of_block = (threads + kWarp - 1) / kWarp;
+  for (unsigned i = 0; i < all; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.state = Fiber::State::kReady;
+    fiber.arrived = false;
+    fiber.rank = i / threads;
+    fiber.thread = i % threads;
+    fiber.index = {fiber.thread % block_dim.x, fiber.thread / block_dim.x % block_dim.y,
+                   fiber.thread / (block_dim.x * block_dim.y)};
+    const unsigned b = first + fiber.rank;
+    fiber.block = {b % grid_dim.x, b / grid_dim.x % grid_dim.y, b / (grid_dim.x * grid_dim.y)};
+  }
+  for (unsigned b = 0; b < cluster_blocks; ++b) {
+    blocks[b].at_barrier = 0;
+    for (auto& of_warp : blocks[b].meetings) of_warp.clear();
   }
   static std::vector<unsigned> warps, lanes;
-  warps = count_to((threads + kWarp - 1) / kWarp);
+  warps = count_to(cluster_blocks * warps_of_block);
   lanes = count_to(kWarp);
   if (order == 1) arrange(warps), arrange(lanes);
   for (bool ran = true; ran && error.empty();) {
     ran = false;
     if (order > 1) arrange(warps);
     for (const unsigned warp : warps) {
+      const unsigned rank = warp / warps_of_block, of_block = warp % warps_of_block;
       // A warp goes on as far as it can, where it shows that it did not wait for the others; at random, only half of
       // it.
       for (bool again = true; again && error.empty();) {
         again = false;
         if (order > 1) arrange(lanes);
         for (const unsigned l : lanes) {
-          const unsigned i = warp * kWarp + l;
-          if (i >= threads || fibers[i].state != Fiber::State::kReady) continue;
-          resume(fibers[i]);
+          const unsigned i = of_block * kWarp + l;
+          if (i >= threads || fibers[rank * threads + i].state != Fiber::State::kReady) continue;
+          resume(fibers[rank * threads + i]);
           ran = again = true;
         }
         if (order > 1 && random_bits() % 2) break;
@@ -236,34 +276,82 @@ bool run_block() {
     }
   }
   const auto done = [](const Fiber& fiber) { return fiber.state == Fiber::State::kDone; };
-  if (error.empty() && !std::all_of(fibers, fibers + threads, done)) describe_deadlock();
+  if (error.empty() && !std::all_of(fibers, fibers + all, done)) describe_deadlock();
   if (error.empty()) return true;
-  for (unsigned i = 0; i < threads; ++i) fibers[i].has_context = false;  // they stand inside a kernel
+  for (unsigned i = 0; i < all; ++i) fibers[i].has_context = false;  // they stand inside a kernel
   return false;
 }
 
 }  // namespace
 
-void add_shared(void* p, size_t bytes) {
-  std::memset(p, 0xff, bytes);
-  shared_arrays().push_back({p, bytes});
+void add_shared(void* p, size_t bytes, size_t stride) {
+  char* const begin = static_cast<char*>(p);
+  std::memset(begin, 0xff, kMostClusterBlocks * stride);
+  for (unsigned b = 0; b < kMostClusterBlocks; ++b) {
+    // By granules of the address sanitizer; the array itself ends at the end of one or in the last, which it knows.
+    ASAN_POISON_MEMORY_REGION(begin + b * stride + bytes, stride - bytes);
+  }
+  shared_arrays().push_back({begin, bytes, stride});
 }
 
-uint4* dynamic_shared_memory() { return reinterpret_cast<uint4*>(dynamic_memory); }
+uint4* dynamic_shared_memory() { return reinterpret_cast<uint4*>(dynamic_memory + cluster_rank * kDynamicStride); }
+
+void* shared_of_rank(void* p, unsigned rank) {
+  const char* const name = "shared_of_rank";
+  if (rank >= cluster_blocks) fail(std::string(name) + ": the cluster has no block " + std::to_string(rank));
+  if (rank != current->rank) {
+    if (cluster_phase == 0) fail(std::string(name) + ": the other block may not have begun");
+    const Fiber* const other = fibers + rank * threads;
+    if (std::all_of(other, other + threads, [](const Fiber& f) { return f.state == Fiber::State::kDone; }))
+      fail(std::string(name) + ": the other block has ended");
+  }
+  const auto moved = [&](char* begin, size_t stride) -> char* {
+    const ptrdiff_t at = static_cast<char*>(p) - (begin + current->rank * stride);
+    return at >= 0 && static_cast<size_t>(at) < stride ? begin + rank * stride + at : nullptr;
+  };
+  char* found = moved(dynamic_memory, kDynamicStride);
+  for (const Shared& array : shared_arrays()) found = found ? found : moved(array.begin, array.stride);
+  if (!found) fail(std::string(name) + ": not an address of this block's shared memory");
+  return found;
+}
+
+void cluster_arrive() {
+  if (current->arrived) fail("cluster_arrive: a second time without cluster_wait");
+  current->arrived = true;
+  current->phase = cluster_phase;
+  if (++cluster_arrived < cluster_blocks * threads) return;
+  cluster_arrived = 0;
+  ++cluster_phase;
+  for (unsigned i = 0; i < cluster_blocks * threads; ++i) {
+    if (fibers[i].state == Fiber::State::kWaiting && std::strcmp(fibers[i].where, "cluster_wait") == 0)
+      fibers[i].state = Fiber::State::kReady;
+  }
+}
+
+void cluster_wait() {
+  if (!current->arrived) fail("cluster_wait: without cluster_arrive");
+  if (cluster_phase == current->phase) {
+    current->where = "cluster_wait";
+    wait();
+  }
+  current->arrived = false;
+}
 
 int block_barrier(const char* name, Vote vote, int predicate) {
-  if (at_barrier == 0) votes = 0;
-  votes += predicate != 0;
-  if (++at_barrier < threads) {
+  Block& block = blocks[current->rank];
+  if (block.at_barrier == 0) block.votes = 0;
+  block.votes += predicate != 0;
+  if (++block.at_barrier < threads) {
     current->where = name;
     wait();
-    return vote_result;
+    return block.vote_result;
   }
-  at_barrier = 0;
-  const int all = static_cast<int>(threads);
-  vote_result = vote == Vote::kCount ? votes : vote == Vote::kOr ? votes > 0 : vote == Vote::kAnd ? votes == all : 0;
-  for (unsigned i = 0; i < threads; ++i) fibers[i].state = Fiber::State::kReady;
-  return vote_result;
+  block.at_barrier = 0;
+  const int all = static_cast<int>(threads), votes = block.votes;
+  block.vote_result =
+      vote == Vote::kCount ? votes : vote == Vote::kOr ? votes > 0 : vote == Vote::kAnd ? votes == all : 0;
+  for (unsigned i = 0; i < threads; ++i) fibers[current->rank * threads + i].state = Fiber::State::kReady;
+  return block.vote_result;
 }
 
 uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint64_t value, unsigned source) {
@@ -273,7 +361,7 @@ uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint6
   if (kind == Collective::kShuffle && !in_mask(source)) {
     fail(std::string(name) + ": the source, lane " + std::to_string(source) + ", is not in the mask");
   }
-  auto& of_warp = meetings[warp];
+  auto& of_warp = blocks[current->rank].meetings[warp];
   auto meeting = std::find_if(of_warp.begin(), of_warp.end(), [&](const Meeting& m) { return m.mask == mask; });
   if (meeting == of_warp.end()) meeting = of_warp.insert(of_warp.end(), Meeting{mask, 0, name, {}, {}});
   if (meeting->arrived == 0) meeting->name = name;
@@ -294,28 +382,32 @@ uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint6
   }
   for (unsigned l = 0; l < kWarp; ++l) {
     if (!in_mask(l)) continue;
-    Fiber& fiber = fibers[warp * kWarp + l];
+    Fiber& fiber = fibers[current->rank * threads + warp * kWarp + l];
     fiber.result = kind == Collective::kShuffle ? meeting->values[meeting->sources[l]] : ballot;
     fiber.state = Fiber::State::kReady;
   }
   return current->result;
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*kernel_body)(const void*),
-            const void* kernel_arguments) {
+void launch(const char* kernel, unsigned cluster, dim3 grid, dim3 block, size_t dynamic_shared,
+            void (*kernel_body)(const void*), const void* kernel_arguments) {
   launch_log +=
-      std::string(kernel) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x * block.y * block.z) + "\n";
+      std::string(kernel) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x * block.y * block.z) + "\t" +
+      std::to_string(cluster) + "\n";
   const auto within = [](const dim3& d, unsigned x, unsigned y, unsigned z) {
     return d.x >= 1 && d.x <= x && d.y >= 1 && d.y <= y && d.z >= 1 && d.z <= z;
   };
   threads = block.x * block.y * block.z;
   if (!within(grid, 0x7fffffffu, 65535, 65535) || !within(block, 1024, 1024, 64) || threads > kMostThreads ||
-      dynamic_shared > kMostDynamicShared) {
+      dynamic_shared > kMostDynamicShared || cluster < 1 || cluster > kMostClusterBlocks || grid.x % cluster != 0 ||
+      (cluster > 1 && cluster * threads > kMostFibers)) {
     last_error = cudaErrorInvalidConfiguration;
-    last_message = std::string(kernel) + ": no such grid or block, or too much dynamic shared memory";
+    last_message = std::string(kernel) + ": no such grid, block or cluster, or too much dynamic shared memory";
     return;
   }
-  if (most_blocks && grid.x > most_blocks) grid.x = most_blocks;
+  // Whole clusters.
+  if (most_blocks && grid.x > most_blocks * cluster) grid.x = most_blocks * cluster;
+  cluster_blocks = cluster;
   block_dim = block;
   grid_dim = grid;
   dynamic_bytes = dynamic_shared;
@@ -323,11 +415,10 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, vo
   body = kernel_body;
   arguments = kernel_arguments;
   random_bits.seed(order);
-  std::vector<unsigned> blocks = count_to(grid.x * grid.y * grid.z);
-  arrange(blocks);
-  for (const unsigned b : blocks) {
-    block_index = {b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y)};
-    if (run_block()) continue;
+  std::vector<unsigned> clusters = count_to(grid.x * grid.y * grid.z / cluster);
+  arrange(clusters);
+  for (const unsigned c : clusters) {
+    if (run_cluster(c * cluster)) continue;
     last_error = cudaErrorLaunchFailure;
     last_message = std::string(kernel) + ": " + error;
     error.clear();

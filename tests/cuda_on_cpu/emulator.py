@@ -169,10 +169,13 @@ class CudaProblem(ctypes.Structure):
 
 
 class CudaDevice(ctypes.Structure):
-    _fields_ = [("multiprocessors", c_int), ("shared_bytes", c_int)]
+    _fields_ = [("multiprocessors", c_int), ("shared_bytes", c_int), ("cluster_blocks", c_int)]
+
+    def __init__(self, multiprocessors: int, shared_bytes: int, cluster_blocks: int = 1) -> None:
+        super().__init__(multiprocessors, shared_bytes, cluster_blocks)
 
 
-H100 = CudaDevice(132, 227 << 10)
+H100 = CudaDevice(132, 227 << 10, 8)
 
 
 class CudaPlan(ctypes.Structure):
@@ -183,6 +186,7 @@ class CudaPlan(ctypes.Structure):
         ("rows_at_once", c_int),
         ("vector_elements", c_int),
         ("splits", c_int),
+        ("cluster", c_int),
         ("shared_bytes", c_int),
         ("rows_per_chunk", c_int64),
         ("chunks", c_int64),
@@ -215,6 +219,7 @@ class Launch:
     kernel: str  # as the launch names it: "log_softmax_forward_rows_kernel<T>"
     blocks: int
     threads: int
+    cluster: int = 1  # blocks of one
 
     @property
     def name(self) -> str:
@@ -254,8 +259,8 @@ class Emulator:
         if status != 0 or error:
             raise KernelError(error)
         for line in self.library.emulator_launches().decode().splitlines():
-            kernel, blocks, threads = line.split("\t")
-            self.launched.append(Launch(kernel.strip("()"), int(blocks), int(threads)))
+            kernel, *numbers = line.split("\t")
+            self.launched.append(Launch(kernel.strip("()"), *map(int, numbers)))
 
 
 class Kernels(Emulator):

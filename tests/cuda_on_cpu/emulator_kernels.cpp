@@ -85,6 +85,43 @@ __global__ void mixed_collectives_kernel() {
   }
 }
 
+// Each block of a cluster tells the next one its number, and what it has in dynamic shared memory.
+__global__ void clusters_kernel(bool begin, bool end, bool dynamic, int* out) {
+  SHARED_ARRAY(int, told, 64);
+  DYNAMIC_SHARED(memory);
+  int* const mine = dynamic ? reinterpret_cast<int*>(memory) : told;
+  const int rank = nllx::cluster_rank(), next = (rank + 1) % nllx::cluster_blocks();
+  if (begin) {
+    nllx::cluster_arrive();
+    nllx::cluster_wait();
+  }
+  nllx::shared_of_rank(mine, next)[threadIdx.x] = static_cast<int>(100 * blockIdx.x + threadIdx.x);
+  if (end) {
+    nllx::cluster_arrive();
+    nllx::cluster_wait();
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = mine[threadIdx.x];
+}
+
+// Half of the blocks wait for the others, which do not come.
+__global__ void cluster_deadlock_kernel() {
+  if (nllx::cluster_rank() % 2 == 0) {
+    nllx::cluster_arrive();
+    nllx::cluster_wait();
+  }
+}
+__global__ void wait_without_arrival_kernel() { nllx::cluster_wait(); }
+__global__ void two_arrivals_kernel() {
+  nllx::cluster_arrive();
+  nllx::cluster_arrive();
+}
+__global__ void no_such_rank_kernel() {
+  SHARED_ARRAY(int, value, 1);
+  nllx::cluster_arrive();
+  nllx::cluster_wait();
+  *nllx::shared_of_rank(&value[0], 4) = 1;
+}
+
 struct alignas(16) Quad {
   float values[4];
 };
@@ -129,6 +166,31 @@ EXPORT int atomics(int* out) {
 }
 EXPORT int neighbours(bool barrier_before, bool barrier_after, float* out) {
   CUDA_LAUNCH(neighbours_kernel, dim3(1), dim3(64), 0, nullptr, barrier_before, barrier_after, out);
+  return cudaGetLastError();
+}
+EXPORT int clusters(int blocks, bool begin, bool end, bool dynamic, int* out) {
+  CUDA_LAUNCH_CLUSTERS(clusters_kernel, blocks, dim3(2 * static_cast<unsigned>(blocks)), dim3(64), 256, nullptr, begin,
+                       end, dynamic, out);
+  return cudaGetLastError();
+}
+EXPORT int cluster_deadlock() {
+  CUDA_LAUNCH_CLUSTERS(cluster_deadlock_kernel, 4, dim3(4), dim3(48), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int wait_without_arrival() {
+  CUDA_LAUNCH_CLUSTERS(wait_without_arrival_kernel, 4, dim3(4), dim3(48), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int two_arrivals() {
+  CUDA_LAUNCH_CLUSTERS(two_arrivals_kernel, 4, dim3(4), dim3(48), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int no_such_rank() {
+  CUDA_LAUNCH_CLUSTERS(no_such_rank_kernel, 4, dim3(4), dim3(48), 0, nullptr);
+  return cudaGetLastError();
+}
+EXPORT int parts_of_clusters() {
+  CUDA_LAUNCH_CLUSTERS(cluster_deadlock_kernel, 4, dim3(6), dim3(48), 0, nullptr);
   return cudaGetLastError();
 }
 EXPORT int misaligned(const float* in, float* out) {

@@ -91,14 +91,43 @@ def test_a_missing_barrier_shows(emulator: Emulator) -> None:
     assert not all(torch.equal(_neighbours(emulator, order, True, False), expected) for order in ORDERS)
 
 
+def _clusters(emulator: Emulator, order: int, blocks: int, begin: bool, end: bool, dynamic: bool) -> Tensor:
+    out = torch.zeros(2, blocks, 64, dtype=torch.int32)
+    how = ctypes.c_bool(begin), ctypes.c_bool(end), ctypes.c_bool(dynamic)
+    emulator.run(lambda: emulator.library.clusters(blocks, *how, address(out)), order)
+    return out
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_clusters(emulator: Emulator, blocks: int, dynamic: bool) -> None:
+    told = (100 * torch.arange(2 * blocks)[:, None] + torch.arange(64)).int().reshape(2, blocks, 64)
+    for order in ORDERS:
+        assert torch.equal(_clusters(emulator, order, blocks, True, True, dynamic), told.roll(1, dims=1))
+        if blocks == 1:
+            continue
+        # What another block has is there after both have met; before, it may not even have begun.
+        with pytest.raises(KernelError, match="shared_of_rank: the other block may not have begun"):
+            _clusters(emulator, order, blocks, False, True, dynamic)
+    if blocks > 1:
+        with_end = (_clusters(emulator, order, blocks, True, False, dynamic) for order in (ASCENDING, DESCENDING))
+        with pytest.raises((KernelError, AssertionError), match=r"shared_of_rank: the other block has ended|told"):
+            assert all(torch.equal(out, told.roll(1, dims=1)) for out in with_end), "not what was told"
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        ("cluster_deadlock", r"and its cluster: 96 threads have returned .*96 threads wait in cluster_wait"),
+        ("wait_without_arrival", "cluster_wait: without cluster_arrive"),
+        ("two_arrivals", "cluster_arrive: a second time without cluster_wait"),
+        ("no_such_rank", "shared_of_rank: the cluster has no block 4"),
+        ("parts_of_clusters", "no such grid, block or cluster"),
         ("deadlock", r"24 threads have returned .*32 threads wait in __syncthreads .*8 threads wait in __syncwarp"),
         ("not_in_mask", "__syncwarp: the lane that calls it is not in its mask"),
         ("source_not_in_mask", r"__shfl_xor_sync: the source, lane (1[6-9]|2\d|3[01]), is not in the mask"),
         ("mixed_collectives", "other lanes of its mask are in"),
-        ("too_many_threads", "no such grid or block"),
+        ("too_many_threads", "no such grid, block or cluster"),
         ("wild", "segmentation fault"),
     ],
 )

@@ -1,5 +1,6 @@
-// Runs CUDA kernels on the CPU, to test what they compute. A thread is a fiber; one block runs at a time, and fibers
-// switch only where a thread waits: at barriers and warp collectives. Which one goes on is set by `order`.
+// Runs CUDA kernels on the CPU, to test what they compute. A thread is a fiber; one block runs at a time, or the blocks
+// of one cluster, and fibers switch only where a thread waits: at barriers and warp collectives. Which one goes on is
+// set by `order`.
 //
 // Shared memory is filled with 0xff before each block, which is NaN for floating types: a read before the write shows.
 // Threads that wait for each other for ever, and collectives used against their rules, end the launch with a message.
@@ -37,6 +38,8 @@ namespace cuda_emulator {
 extern uint3 thread_index, block_index;
 extern dim3 block_dim, grid_dim;
 extern unsigned lane;
+extern unsigned cluster_rank, cluster_blocks;  // of its block, and of all of its cluster
+constexpr unsigned kMostClusterBlocks = 8;     // that every GPU with clusters allows
 
 // 0: ascending blocks, warps and lanes, each warp as far as it gets. 1: the same descending. Others: random, with this
 // seed.
@@ -44,10 +47,15 @@ extern uint64_t order;
 // If not 0, grids are cut to so many blocks, so that kernels whose blocks walk over their work have to.
 extern unsigned most_blocks;
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*body)(const void*),
-            const void* arguments);
-void add_shared(void* p, size_t bytes);
+void launch(const char* kernel, unsigned cluster, dim3 grid, dim3 block, size_t dynamic_shared,
+            void (*body)(const void*), const void* arguments);
+// An array of `bytes` for each block of a cluster, `stride` bytes apart.
+void add_shared(void* p, size_t bytes, size_t stride);
 uint4* dynamic_shared_memory();
+// What the block `rank` of the cluster has where this one has `p`.
+void* shared_of_rank(void* p, unsigned rank);
+void cluster_arrive();
+void cluster_wait();
 
 enum class Vote { kNone, kCount, kOr, kAnd };
 int block_barrier(const char* name, Vote vote, int predicate);
@@ -69,10 +77,15 @@ T shuffle(const char* name, unsigned mask, T value, unsigned source) {
 // The first lane of this lane's group of `width`.
 inline unsigned group(int width) { return lane & ~static_cast<unsigned>(width - 1); }
 
+// One for each block of a cluster.
 template <typename T, size_t n>
 struct SharedArray {
-  alignas(16) T values[n];
-  SharedArray() { add_shared(values, sizeof(values)); }
+  struct alignas(16) OfBlock {
+    T values[n];
+    alignas(16) char guard[64];  // nothing is to be read or written behind an array
+  };
+  OfBlock blocks[kMostClusterBlocks];
+  SharedArray() { add_shared(blocks, sizeof(T) * n, sizeof(OfBlock)); }
 };
 
 template <typename Body>
@@ -81,18 +94,21 @@ void call(const void* body) {
 }
 
 template <typename Kernel, typename... Args>
-void launch_kernel(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t dynamic_shared, Args... args) {
+void launch_kernel(const char* name, Kernel kernel, int cluster, dim3 grid, dim3 block, size_t dynamic_shared,
+                   Args... args) {
   const auto body = [&] { kernel(args...); };
-  launch(name, grid, block, dynamic_shared, &call<decltype(body)>, &body);
+  launch(name, static_cast<unsigned>(cluster), grid, block, dynamic_shared, &call<decltype(body)>, &body);
 }
 
 }  // namespace cuda_emulator
 
+#define CUDA_LAUNCH_CLUSTERS(kernel, cluster, grid, block, smem, stream, ...)                                     \
+  cuda_emulator::launch_kernel(#kernel, [](auto... a) { kernel(a...); }, cluster, grid, block, smem, ##__VA_ARGS__)
 #define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  cuda_emulator::launch_kernel(#kernel, [](auto... a) { kernel(a...); }, grid, block, smem, ##__VA_ARGS__)
+  CUDA_LAUNCH_CLUSTERS(kernel, 1, grid, block, smem, stream, ##__VA_ARGS__)
 #define SHARED_ARRAY(T, name, n)                          \
   static cuda_emulator::SharedArray<T, n> name##_storage; \
-  T(&name)[n] = name##_storage.values
+  T(&name)[n] = name##_storage.blocks[cuda_emulator::cluster_rank].values
 
 #define DYNAMIC_SHARED(name) uint4* const name = cuda_emulator::dynamic_shared_memory()
 #define ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
@@ -187,6 +203,14 @@ void __stcs(T* p, T v) {
 }
 
 namespace nllx {
+inline int cluster_rank() { return static_cast<int>(cuda_emulator::cluster_rank); }
+inline int cluster_blocks() { return static_cast<int>(cuda_emulator::cluster_blocks); }
+inline void cluster_arrive() { cuda_emulator::cluster_arrive(); }
+inline void cluster_wait() { cuda_emulator::cluster_wait(); }
+template <typename T>
+T* shared_of_rank(T* p, int rank) {
+  return static_cast<T*>(cuda_emulator::shared_of_rank(p, static_cast<unsigned>(rank)));
+}
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline void store_bytes(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 inline void store_bytes(void* p, const uint2& v) { *static_cast<uint2*>(p) = v; }
