@@ -15,6 +15,7 @@ class CudaPlan(TypedDict):
     rows_at_once: int
     vector_elements: int
     splits: int
+    cluster: int
     shared_bytes: int
     rows_per_chunk: int
     chunks: int
@@ -33,6 +34,7 @@ def cuda_plan(
     has_terms: bool = False,
     multiprocessors: int = 132,
     shared_bytes: int = ...,
+    cluster_blocks: int = 8,
 ) -> CudaPlan: ...
 def differentiate_level(
     name: str, arguments: tuple[object, ...], plain: tuple[object, ...], results: tuple[Tensor, ...]

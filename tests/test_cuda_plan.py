@@ -6,17 +6,23 @@ import pytest
 
 from nllx import _C
 
-# Multiprocessors, and the shared memory that a block may ask for: T4, A100, RTX 3090, L4, H100, B200, RTX 5090. Source:
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Multiprocessors, the shared memory that a block may ask for, and the most blocks of a cluster: T4, A100, RTX 3090, L4,
+# H100, B200, RTX 5090. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 DEVICES = {
-    "sm_75": (40, 64 << 10),
-    "sm_80": (108, 163 << 10),
-    "sm_86": (82, 99 << 10),
-    "sm_89": (58, 99 << 10),
-    "sm_90": (132, 227 << 10),
-    "sm_100": (148, 227 << 10),
-    "sm_120": (170, 99 << 10),
+    "sm_75": (40, 64 << 10, 1),
+    "sm_80": (108, 163 << 10, 1),
+    "sm_86": (82, 99 << 10, 1),
+    "sm_89": (58, 99 << 10, 1),
+    "sm_90": (132, 227 << 10, 8),
+    "sm_100": (148, 227 << 10, 8),
+    "sm_120": (170, 99 << 10, 8),
 }
+
+
+def properties(name: str) -> dict[str, int]:
+    return dict(zip(("multiprocessors", "shared_bytes", "cluster_blocks"), DEVICES[name], strict=True))
+
+
 FULL_ROW, PARTS = "register_rows", "block_rows"
 
 
@@ -36,31 +42,47 @@ FULL_ROW, PARTS = "register_rows", "block_rows"
 )
 @pytest.mark.parametrize("name", DEVICES)
 def test_family(name: str, op: str, rows: int, classes: int, element_bytes: int, family: str) -> None:
-    multiprocessors, shared = DEVICES[name]
-    device = {"multiprocessors": multiprocessors, "shared_bytes": shared}
+    device = properties(name)
     plan = _C.cuda_plan(op, outer=rows, classes=classes, element_bytes=element_bytes, **device)
     assert plan["family"] == family
     assert plan["splits"] == 1
-    assert plan["shared_bytes"] <= shared
+    assert plan["shared_bytes"] <= device["shared_bytes"]
     assert plan["reason"]
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_few_long_rows_fill_the_chip(name: str) -> None:
-    multiprocessors, shared = DEVICES[name]
+    device = properties(name)
     for op in ("forward", "backward"):
-        plan = _C.cuda_plan(op, outer=8, classes=262144, multiprocessors=multiprocessors, shared_bytes=shared)
+        plan = _C.cuda_plan(op, outer=8, classes=262144, **device)
         assert plan["family"] == PARTS
-        assert multiprocessors <= 8 * plan["splits"] <= 2 * multiprocessors
+        assert device["multiprocessors"] <= 8 * plan["splits"] <= 2 * device["multiprocessors"]
 
 
-@pytest.mark.parametrize(("name", "shared_bytes"), [("sm_75", 0), ("sm_86", 0), ("sm_90", 64000)])
-def test_row_on_the_chip(name: str, shared_bytes: int) -> None:
-    """A row of 32000 half elements stays in an H100's shared memory; smaller ones hold less than half of it."""
-    multiprocessors, shared = DEVICES[name]
-    device = {"multiprocessors": multiprocessors, "shared_bytes": shared}
-    plan = _C.cuda_plan("value_and_grad", outer=8192, classes=32000, element_bytes=2, **device)
-    assert plan["shared_bytes"] == shared_bytes
+@pytest.mark.parametrize("name", DEVICES)
+def test_few_long_rows_by_clusters(name: str) -> None:
+    """Where the blocks of a cluster are enough, nothing of device memory is waited for."""
+    device = properties(name)
+    plan = _C.cuda_plan("forward", outer=device["multiprocessors"] // 2, classes=262144, **device)
+    assert (plan["splits"], plan["cluster"]) == ((4, 1) if device["cluster_blocks"] == 1 else (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "cluster", "shared_bytes"),
+    [
+        ("sm_75", 32000, 1, 0),
+        ("sm_86", 32000, 1, 0),
+        ("sm_90", 32000, 1, 64000),
+        ("sm_90", 128256, 4, 64128),
+        ("sm_90", 262144, 8, 65536),
+        ("sm_100", 262144, 8, 65536),
+        ("sm_120", 32000, 4, 16000),
+    ],
+)
+def test_row_on_the_chip(name: str, classes: int, cluster: int, shared_bytes: int) -> None:
+    """A row of half elements stays in the shared memory of a block or a cluster; others hold less than half of it."""
+    plan = _C.cuda_plan("value_and_grad", outer=8192, classes=classes, element_bytes=2, **properties(name))
+    assert (plan["cluster"], plan["shared_bytes"]) == (cluster, shared_bytes)
 
 
 def test_planes() -> None:

@@ -381,22 +381,26 @@ struct RowPart {
   }
 };
 
-// Unit of work: a row by a block, or a part of one by each of `splits` blocks, the last of which to finish merges them.
-// Reads each logit once, 16 bytes at a time at any alignment, kVectorsAtOnce loads of a thread in flight. Precondition:
-// class stride 1. Plan: CudaFamily::kBlockRows.
+// Unit of work: a row by a block; or a part of one by each of `splits` blocks, the last of which to finish merges them;
+// or by each block of a cluster, whose first one merges them. Reads each logit once, 16 bytes at a time at any
+// alignment, kVectorsAtOnce loads of a thread in flight. Preconditions: class stride 1, whole clusters in the grid, and
+// splits of 1 where there are clusters. Plan: CudaFamily::kBlockRows.
 template <typename T, bool kTerms>
 __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(kHalfBlocks, kSingleBlocks, 2))
     cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int64_t rows_per_chunk,
                                     BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   SHARED_ARRAY(RowState<acc>, states, 32);
+  SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
   SHARED_ARRAY(double, scratch, 32);
+  ClusterParts<RowState<acc>> cluster(slots);
   const int64_t rows = p.extent.rows(), classes = p.extent.classes;
   const int64_t chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  const int parts = splits * cluster.blocks;
   unsigned done = 0;
-  for (int64_t unit = blockIdx.x; unit < chunks * splits; unit += gridDim.x) {
-    const int64_t chunk = unit / splits;
-    const int part = static_cast<int>(unit - chunk * splits);
+  for (int64_t unit = blockIdx.x; unit < chunks * parts; unit += gridDim.x) {
+    const int64_t chunk = unit / parts;
+    const int part = static_cast<int>(unit - chunk * parts);  // in a cluster the block's rank
     const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
     int64_t next = row_index(p, begin);
     LossTerms sum;
@@ -412,19 +416,24 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       if (y.counts) {  // the same for all threads of the block
         if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
         const ClassTerms<T> a(p.targets, classes, outer, inner);
-        const RowPart mine(classes, splits, part, Vector<T>::kSize);
+        const RowPart mine(classes, parts, part, Vector<T>::kSize);
         s = state_of_row<T, kTerms>(x + mine.begin, mine.end - mine.begin, mine.begin, a, threadIdx.x, blockDim.x,
                                     KeepNothing());
         merge_in_block(s, states);
       }
+      if (cluster.blocks > 1) {
+        s = merge_parts(cluster.exchange(s), cluster.blocks);
+        finishes = part == 0;
+        if (!finishes) continue;
+      }
       if (splits > 1) {  // rows_per_chunk is 1
-        RowState<acc>* parts = static_cast<RowState<acc>*>(r.row_parts) + row * splits;
-        if (threadIdx.x == 0) parts[part] = s;
+        RowState<acc>* saved = static_cast<RowState<acc>*>(r.row_parts) + row * splits;
+        if (threadIdx.x == 0) saved[part] = s;
         finishes = completes(r.counters + 1 + row, 1, static_cast<unsigned>(splits));
         if (!finishes) break;
         s = RowState<acc>::empty();
         for (int i = threadIdx.x % 32; i < splits; i += 32) {
-          s.merge({__ldcg(&parts[i].max), __ldcg(&parts[i].sum), __ldcg(&parts[i].dot), __ldcg(&parts[i].mass)});
+          s.merge({__ldcg(&saved[i].max), __ldcg(&saved[i].sum), __ldcg(&saved[i].dot), __ldcg(&saved[i].mass)});
         }
         merge_in_warp(s, 32);
       }
@@ -437,9 +446,10 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
   finish_loss<T>(r, p.targets, chunks, done, scratch);
 }
 
-// Unit of work: a row by a block, and its gradient. The first `kept` vectors of the row stay in dynamic shared memory,
-// each read by the thread that wrote it; the rest is read again, soon enough that it is in the second-level cache.
-// Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
+// Unit of work: a row by a block, or by the blocks of a cluster, each a part, and its gradient. The first `kept`
+// vectors of the part stay in dynamic shared memory, each read by the thread that wrote it; the rest is read again,
+// soon enough that it is in the second-level cache. Preconditions: class stride 1, and whole clusters in the grid. Plan:
+// CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
 template <typename T, bool kTerms>
 __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 4, 2))
     cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
@@ -450,11 +460,14 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
   DYNAMIC_SHARED(memory);
   Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
   SHARED_ARRAY(RowState<acc>, states, 32);
+  SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
   SHARED_ARRAY(double, scratch, 32);
+  ClusterParts<RowState<acc>> cluster(slots);
+  const bool first_block = cluster.rank == 0;
   const int64_t rows = p.extent.rows(), classes = p.extent.classes;
   const int64_t chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   unsigned done = 0;
-  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
+  for (int64_t chunk = blockIdx.x / cluster.blocks; chunk < chunks; chunk += gridDim.x / cluster.blocks) {
     const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
     LossTerms sum;
     for (int64_t row = begin; row < end; ++row) {
@@ -463,31 +476,39 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       split_row(p.extent, row, outer, inner);
       const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
       T* grad = static_cast<T*>(b.grad_logits) + outer * b.grad_strides.outer + inner * b.grad_strides.inner;
-      const RowVectors<T> part(x, classes);
-      RowState<acc> s = RowState<acc>::empty();
       acc target_logit = 0;
+      // Before a barrier: the gradient may overwrite it.
+      if (p.targets.index && y.counts && first_block && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
+      const RowPart mine(classes, cluster.blocks, cluster.rank, kSize);
+      const int64_t n = mine.end - mine.begin;
+      x += mine.begin;
+      grad += mine.begin;
+      const RowVectors<T> part(x, n);
+      RowState<acc> s = RowState<acc>::empty();
       if (y.counts) {  // the same for all threads of the block
-        // Before a barrier: the gradient may overwrite it.
-        if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
         const ClassTerms<T> a(p.targets, classes, outer, inner);
-        s = state_of_row<T, kTerms>(x, classes, 0, a, threadIdx.x, blockDim.x, [&](int64_t c, const Vector<T>& v) {
+        s = state_of_row<T, kTerms>(x, n, mine.begin, a, threadIdx.x, blockDim.x, [&](int64_t c, const Vector<T>& v) {
           const int64_t index = (c - part.head) / kSize;
           if (index < kept) keep[index] = v;
         });
         merge_in_block(s, states);
       }
-      if (threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
+      if (cluster.blocks > 1) s = merge_parts(cluster.exchange(s), cluster.blocks);
+      if (first_block && threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
       const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, kTerms);
       const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
       for_kept<T, kStateVectors<T, kTerms>, kAtOnce>(
-          part, y.counts ? kept : 0, x, keep,
-          [&](int64_t c, const Vector<T>& values) { store_whole_vector(grad + c, gradient(values, c), aligned); });
+          part, y.counts ? kept : 0, x, keep, [&](int64_t c, const Vector<T>& values) {
+            store_whole_vector(grad + c, gradient(values, mine.begin + c), aligned);
+          });
+      const auto single = [&](int64_t c) { grad[c] = from_acc<T>(gradient(to_acc(x[c]), mine.begin + c)); };
       const int threads = blockDim.x;
-      for (int64_t c = threadIdx.x; c < part.head; c += threads) grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
-      for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads)
-        grad[c] = from_acc<T>(gradient(to_acc(x[c]), c));
+      for (int64_t c = threadIdx.x; c < part.head; c += threads) single(c);
+      for (int64_t c = part.tail + threadIdx.x; c < n; c += threads) single(c);
     }
+    if (!first_block) continue;
     add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+    ++done;
   }
   finish_loss<T>(r, p.targets, chunks, done, scratch);
 }

@@ -2,7 +2,12 @@
 #pragma once
 
 #ifdef __CUDACC__
+#include <cuda_runtime.h>
+
 #define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
+// Every `cluster` blocks that follow each other are a thread-block cluster.
+#define CUDA_LAUNCH_CLUSTERS(kernel, cluster, grid, block, smem, stream, ...) \
+  nllx::launch_clusters(kernel, cluster, grid, block, smem, stream, __VA_ARGS__)
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 // The dynamic shared memory of the launch, 16-byte aligned.
 #define DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
@@ -11,6 +16,93 @@
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))
 
 namespace nllx {
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;  // GPUs without clusters take no such attribute
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// The most blocks that a cluster of a kernel's may have on the current device: 1 where it has no clusters, or the
+// kernel was compiled for architectures without.
+inline int most_cluster_blocks(const void* kernel, int threads, int shared_bytes) {
+  int device = 0, clusters = 0;
+  cudaFuncAttributes attributes{};
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device) != cudaSuccess || !clusters ||
+      cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90 ||
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess) {
+    cudaGetLastError();  // nothing of this is an error of the launch to come
+    return 1;
+  }
+  for (unsigned blocks = 8; blocks > 1; blocks /= 2) {  // 8: that every GPU with clusters allows
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters_at_once = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters_at_once, kernel, &config) == cudaSuccess && clusters_at_once > 0)
+      return static_cast<int>(blocks);
+    cudaGetLastError();
+  }
+  return 1;
+}
+
+// Of the cluster that this block is a part of: the block's number in it, and how many there are.
+__device__ __forceinline__ int cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_blocks() {
+  unsigned blocks = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+#endif
+  return static_cast<int>(blocks);
+}
+// The cluster's barrier in two steps. What a thread has written before it arrives is visible to all after they waited.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" : : : "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" : : : "memory");
+#endif
+}
+// What another block of the cluster has in shared memory where this one has `p`. That block has to have begun, and may
+// not end before the access.
+template <typename T>
+__device__ __forceinline__ T* shared_of_rank(T* p, [[maybe_unused]] int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(p), "r"(rank));
+  return reinterpret_cast<T*>(address);
+#else
+  return p;
+#endif
+}
+
 // 2^x as the hardware gives it: 2^-22.5 off at the most, zero for what would be denormal.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

@@ -36,10 +36,10 @@ void with_terms(const Targets& t, Body body) {
   }
 }
 
-// No more than CUDA launches: kernels whose blocks are as many as their units walk over them.
-inline dim3 grid_of(int64_t blocks) {
-  constexpr int64_t kMost = INT32_MAX;
-  return dim3(static_cast<unsigned>(blocks < kMost ? blocks : kMost));
+// No more than CUDA launches, and whole clusters: kernels whose blocks are as many as their units walk over them.
+inline dim3 grid_of(int64_t blocks, int cluster = 1) {
+  const int64_t most = INT32_MAX / cluster * cluster;
+  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }
 inline dim3 block_of(int threads) { return dim3(static_cast<unsigned>(threads)); }
 

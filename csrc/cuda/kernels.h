@@ -39,6 +39,10 @@ LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, c
                                       FloatType type, const CudaDevice& device);
 LossWorkspace nll_loss_workspace(const NllLossForward& p);
 
+// The most blocks of a thread-block cluster on the current device, whose other properties are given: 1 where it has no
+// clusters, or these kernels were compiled for architectures without.
+int most_cluster_blocks(const CudaDevice& device);
+
 cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const LossReduction& r, FloatType type,
                                          const CudaDevice& device, BadTarget* bad, cudaStream_t stream);
 // `mass`: workspace of rows() acc; used for probabilities only.

@@ -14,7 +14,7 @@ constexpr int kMassThreads = 256;
 cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatType type, const CudaDevice& device,
                                           void* mass, BadTarget* bad, cudaStream_t stream) {
   const CudaPlan plan = cuda_plan(CudaOp::kBackward, cuda_problem(p, type), device);
-  const dim3 grid = grid_of(plan.chunks * plan.splits), block = block_of(plan.threads);
+  const dim3 grid = grid_of(plan.blocks()), block = block_of(plan.threads);
   const void* read_mass = mass;
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -17,14 +17,19 @@ LossReduction divisor_of(const LossReduction& r, void* divisor) {
 
 int64_t divisor_chunks(int64_t rows) { return (rows + kDivisorRowsPerChunk - 1) / kDivisorRowsPerChunk; }
 
-// Whether the gradient comes from the kernel of the forward: not where threads do not keep what they read (planes),
-// where a row is split over blocks, or too long to be kept.
-bool gradient_in_forward(const CudaPlan& plan, const CudaPlan& forward) {
-  return plan.family != CudaFamily::kPlanes && forward.splits == 1 &&
-         (plan.family != CudaFamily::kBlockRows || plan.shared_bytes > 0);
+// Whether the gradient comes from the kernel of the forward: not where threads do not keep what they read (planes), or
+// the plan says so.
+bool gradient_in_forward(const CudaPlan& plan) {
+  return plan.family != CudaFamily::kPlanes && (plan.family != CudaFamily::kBlockRows || plan.shared_bytes > 0);
 }
 
 }  // namespace
+
+int most_cluster_blocks(const CudaDevice& device) {
+  // The kernel that takes the most of a multiprocessor, with the most shared memory that a plan gives it.
+  auto* const kernel = &cross_entropy_value_and_grad_block_rows_kernel<double, true>;
+  return most_cluster_blocks(reinterpret_cast<const void*>(kernel), 256, device.shared_bytes / 3);
+}
 
 LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, const CrossEntropyBackward* gradient,
                                       FloatType type, const CudaDevice& device) {
@@ -43,7 +48,7 @@ LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, c
 cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const LossReduction& r, FloatType type,
                                          const CudaDevice& device, BadTarget* bad, cudaStream_t stream) {
   const CudaPlan plan = cuda_plan(CudaOp::kForward, cuda_problem(p, nullptr, type), device);
-  const dim3 grid = grid_of(plan.chunks * plan.splits), block = block_of(plan.threads);
+  const dim3 grid = grid_of(plan.blocks()), block = block_of(plan.threads);
   const CrossEntropyBackward none;
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -65,8 +70,8 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
         CUDA_LAUNCH((cross_entropy_register_rows_kernel<T, kTerms, false>), grid, block, 0, stream, p, none, r,
                     plan.threads_per_row, plan.rows_per_chunk, bad);
       } else {
-        CUDA_LAUNCH((cross_entropy_block_rows_kernel<T, kTerms>), grid, block, 0, stream, p, r, plan.splits,
-                    plan.rows_per_chunk, bad);
+        CUDA_LAUNCH_CLUSTERS((cross_entropy_block_rows_kernel<T, kTerms>), plan.cluster, grid, block, 0, stream, p, r,
+                             plan.splits, plan.rows_per_chunk, bad);
       }
     });
   });
@@ -80,13 +85,13 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
   const CudaPlan plan = cuda_plan(CudaOp::kValueAndGrad, problem, device);
   CrossEntropyBackward b = gradient;
   const bool mean = is_mean(r.reduction);
-  if (!gradient_in_forward(plan, cuda_plan(CudaOp::kForward, problem, device))) {
+  if (!gradient_in_forward(plan)) {
     cudaError_t status = launch_cross_entropy_forward(p, r, type, device, bad, stream);
     if (mean) b.total_weight = r.total_weight;
     if (status == cudaSuccess) status = launch_cross_entropy_backward(b, type, device, mass, bad, stream);
     return status;
   }
-  const dim3 grid = grid_of(plan.chunks), block = block_of(plan.threads);
+  const dim3 grid = grid_of(plan.blocks()), block = block_of(plan.threads);
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (mean) {
@@ -107,8 +112,8 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
       } else {
         const auto shared = static_cast<size_t>(plan.shared_bytes);
         ALLOW_SHARED((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), shared);
-        CUDA_LAUNCH((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), grid, block, shared, stream, p, b, r,
-                    plan.shared_bytes / 16, plan.rows_per_chunk, bad);
+        CUDA_LAUNCH_CLUSTERS((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), plan.cluster, grid, block,
+                             shared, stream, p, b, r, plan.shared_bytes / 16, plan.rows_per_chunk, bad);
       }
     });
   });

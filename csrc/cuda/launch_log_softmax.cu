@@ -10,7 +10,7 @@ namespace {
 dim3 grid_for(const CudaPlan& plan, const Extent& extent) {
   if (plan.family == CudaFamily::kPlanes)
     return grid_of(extent.outer * ((extent.inner + plan.rows_at_once - 1) / plan.rows_at_once));
-  return grid_of((extent.rows() + plan.rows_at_once - 1) / plan.rows_at_once);
+  return grid_of((extent.rows() + plan.rows_at_once - 1) / plan.rows_at_once * plan.cluster, plan.cluster);
 }
 
 }  // namespace
@@ -29,7 +29,8 @@ cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType typ
       CUDA_LAUNCH((log_softmax_forward_register_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row);
     } else {
       ALLOW_SHARED((log_softmax_forward_block_rows_kernel<T>), shared);
-      CUDA_LAUNCH((log_softmax_forward_block_rows_kernel<T>), grid, block, shared, stream, p, plan.shared_bytes / 16);
+      CUDA_LAUNCH_CLUSTERS((log_softmax_forward_block_rows_kernel<T>), plan.cluster, grid, block, shared, stream, p,
+                           plan.shared_bytes / 16);
     }
   });
   return cudaGetLastError();
@@ -49,7 +50,8 @@ cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType t
       CUDA_LAUNCH((log_softmax_backward_register_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row);
     } else {
       ALLOW_SHARED((log_softmax_backward_block_rows_kernel<T>), shared);
-      CUDA_LAUNCH((log_softmax_backward_block_rows_kernel<T>), grid, block, shared, stream, p, plan.shared_bytes / 16);
+      CUDA_LAUNCH_CLUSTERS((log_softmax_backward_block_rows_kernel<T>), plan.cluster, grid, block, shared, stream, p,
+                           plan.shared_bytes / 16);
     }
   });
   return cudaGetLastError();

@@ -119,8 +119,9 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(4, 2, 2))
   }
 }
 
-// Unit of work: a row by a block. The first `kept` vectors stay in dynamic shared memory, each read by the thread that
-// wrote it; the rest is read again. Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kLogSoftmax.
+// Unit of work: a row by a block, or by the blocks of a cluster, each a part. The first `kept` vectors of the part stay
+// in dynamic shared memory, each read by the thread that wrote it; the rest is read again. Preconditions: class stride 1,
+// and whole clusters in the grid. Plan: CudaFamily::kBlockRows of CudaOp::kLogSoftmax.
 template <typename T>
 __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
     log_softmax_forward_block_rows_kernel(LogSoftmaxForward p, int kept) {
@@ -129,12 +130,17 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
   DYNAMIC_SHARED(memory);
   Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
   SHARED_ARRAY(RowState<acc>, states, 32);
-  const int64_t rows = p.extent.rows(), classes = p.extent.classes, threads = blockDim.x;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+  SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
+  ClusterParts<RowState<acc>> cluster(slots);
+  const int64_t rows = p.extent.rows(), threads = blockDim.x;
+  for (int64_t row = blockIdx.x / cluster.blocks; row < rows; row += gridDim.x / cluster.blocks) {
     int64_t outer, inner;
     split_row(p.extent, row, outer, inner);
-    const T* x = static_cast<const T*>(p.input) + outer * p.input_strides.outer + inner * p.input_strides.inner;
-    T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
+    const RowPart mine(p.extent.classes, cluster.blocks, cluster.rank, kSize);
+    const int64_t classes = mine.end - mine.begin;
+    const T* x =
+        static_cast<const T*>(p.input) + outer * p.input_strides.outer + inner * p.input_strides.inner + mine.begin;
+    T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner + mine.begin;
     const RowVectors<T> part(x, classes);
     const int64_t head = part.head;
     const bool aligned = elements_past_boundary(x) == elements_past_boundary(y);
@@ -144,6 +150,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
                                                if (index < kept) keep[index] = v;
                                              });
     merge_in_block(s, states);
+    if (cluster.blocks > 1) s = merge_parts(cluster.exchange(s), cluster.blocks);
     const RowStats<acc> stats = s.stats();
     const auto output = [&](T value) { return from_acc<T>((to_acc(value) - stats.max) - stats.log_sum); };
     for_kept<T, kStateVectors<T, false>, kStateVectors<T, false>>(
@@ -164,14 +171,20 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
   DYNAMIC_SHARED(memory);
   Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
   SHARED_ARRAY(acc, scratch, 32);
-  const int64_t rows = p.extent.rows(), classes = p.extent.classes, threads = blockDim.x;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+  SHARED_ARRAY(acc, slots, 2 * kMostClusterBlocks);
+  ClusterParts<acc> cluster(slots);
+  const int64_t rows = p.extent.rows(), threads = blockDim.x;
+  for (int64_t row = blockIdx.x / cluster.blocks; row < rows; row += gridDim.x / cluster.blocks) {
     int64_t outer, inner;
     split_row(p.extent, row, outer, inner);
+    const RowPart mine(p.extent.classes, cluster.blocks, cluster.rank, kSize);
+    const int64_t classes = mine.end - mine.begin;
     const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer +
-                 inner * p.grad_output_strides.inner;
-    const T* y = static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner;
-    T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner;
+                 inner * p.grad_output_strides.inner + mine.begin;
+    const T* y = static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner +
+                 mine.begin;
+    T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner +
+              mine.begin;
     const int past = elements_past_boundary(g);
     const RowVectors<T> part(g, classes);
     const int64_t head = part.head;
@@ -194,6 +207,11 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
           }
         });
     sum = sum_in_block(sum, scratch);
+    if (cluster.blocks > 1) {
+      const acc* const sums = cluster.exchange(sum);
+      sum = sums[0];
+      for (int i = 1; i < cluster.blocks; ++i) sum += sums[i];
+    }
     const auto gradient = [&](T g, T y) { return from_acc<T>(to_acc(g) - exp_of_many(to_acc(y)) * sum); };
     for_kept<T, kVectorsAtOnce, kVectorsAtOnce / 2>(part, kept, g, keep, [&](int64_t c, const Vector<T>& gs) {
       Vector<T> ys;

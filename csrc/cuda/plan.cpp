@@ -53,7 +53,7 @@ int splits_of_row(const CudaProblem& p, int64_t vectors, int threads, const Cuda
 }
 
 CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
-  CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 0, 0, 0, ""};
+  CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 1, 0, 0, 0, ""};
   const int vector = 8 / p.element_bytes;
   const int64_t threads = static_cast<int64_t>(device.multiprocessors) * 512;
   // With coefficients the state of a row takes twice the registers: a row per thread.
@@ -133,6 +133,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   kTileThreads,
                   vector,
                   1,
+                  1,
                   0,
                   0,
                   0,
@@ -151,6 +152,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   static_cast<int>(kStreamingThreads / per_row),
                   vector,
                   1,
+                  1,
                   0,
                   0,
                   0,
@@ -168,6 +170,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   kRegisterThreads / per_row,
                   vector,
                   1,
+                  1,
                   0,
                   0,
                   0,
@@ -175,21 +178,40 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
     cut(plan, rows);
     return plan;
   }
-  const BlockRow* row = kBlockRows;
-  while (vectors > row->vectors) ++row;
-  CudaPlan plan{CudaFamily::kBlockRows, row->threads, row->threads, 1, vector, 1, 0, 0, 0, row->reason};
+  const auto block_row = [](int64_t of_part) {
+    const BlockRow* row = kBlockRows;
+    while (of_part > row->vectors) ++row;
+    return *row;
+  };
+  BlockRow row = block_row(vectors);
+  CudaPlan plan{CudaFamily::kBlockRows, row.threads, row.threads, 1, vector, 1, 1, 0, 0, 0, row.reason};
+  const int splits = op == CudaOp::kLogSoftmax ? 1 : splits_of_row(p, vectors, plan.threads, device);
+  // Within a cluster nothing of device memory is waited for; more blocks than it has are worth more than that.
+  const bool clustered = splits > 1 && splits <= device.cluster_blocks;
   if (op == CudaOp::kForward) {
-    plan.splits = splits_of_row(p, vectors, plan.threads, device);
-    if (plan.splits > 1) plan.reason = "few long rows: several blocks for each";
+    if (clustered) {
+      while (2 * plan.cluster <= splits) plan.cluster *= 2;
+      plan.reason = "few long rows: a cluster for each";
+    } else if (splits > 1) {
+      plan.splits = splits;
+      plan.reason = "few long rows: several blocks for each";
+    }
   } else {
-    const int64_t bytes = divide_up(classes * p.element_bytes, 16) * 16;
-    const int64_t most = std::max(0, (device.shared_bytes / kResidentBlocks - kReservedBytes) / 16 * 16);
-    plan.shared_bytes = static_cast<int>(std::min(bytes, most));
-    plan.reason = "the row stays in shared memory, what does not fit in the cache";
-    if (op == CudaOp::kValueAndGrad && bytes > 2 * most) {
-      // Reading most of the row again from a kernel that waits in between is slower than the streaming backward.
+    const int most = std::max(0, (device.shared_bytes / kResidentBlocks - kReservedBytes) / 16 * 16);
+    const auto bytes = [&](int blocks) { return divide_up(divide_up(classes, blocks) * p.element_bytes, 16) * 16; };
+    while (2 * plan.cluster <= device.cluster_blocks && (bytes(plan.cluster) > most || (clustered && 2 * plan.cluster <= splits)))
+      plan.cluster *= 2;
+    plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes(plan.cluster), most));
+    plan.reason = plan.cluster == 1 ? "the row stays in shared memory, what does not fit in the cache"
+                                    : "the row stays in the shared memory of a cluster, what does not fit in the cache";
+    row = block_row(divide_up(vectors, plan.cluster));
+    plan.threads = plan.threads_per_row = row.threads;
+    if (op == CudaOp::kValueAndGrad && ((splits > 1 && !clustered) || bytes(plan.cluster) > 2 * most)) {
+      // Reading most of the row again from a kernel that waits in between is slower than the streaming backward, and
+      // so is a kernel of few blocks.
       plan.shared_bytes = 0;
-      plan.reason = "the row does not fit: forward, then backward";
+      plan.cluster = 1;
+      plan.reason = splits > 1 && !clustered ? "few long rows: forward, then backward" : "the row does not fit: forward, then backward";
     }
   }
   cut(plan, rows);

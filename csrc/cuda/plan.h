@@ -34,6 +34,7 @@ struct CudaProblem {
 struct CudaDevice {
   int multiprocessors = 1;
   int shared_bytes = 48 << 10;  // that a block may ask for
+  int cluster_blocks = 1;       // the most of a thread-block cluster
 };
 
 struct CudaPlan {
@@ -42,11 +43,13 @@ struct CudaPlan {
   int threads_per_row;  // kPlanes: threads side by side on neighbouring rows; the others share the classes
   int rows_at_once;     // by a block
   int vector_elements;  // of one load
-  int splits;           // blocks that share a row
+  int splits;           // blocks that share a row, through device memory
+  int cluster;          // blocks that share a row, as a thread-block cluster through shared memory
   int shared_bytes;     // dynamic
   int64_t rows_per_chunk;
-  int64_t chunks;  // units of work, each with one partial sum of the loss; times `splits` blocks
+  int64_t chunks;  // units of work, each with one partial sum of the loss
   const char* reason;
+  constexpr int64_t blocks() const { return chunks * splits * cluster; }
 };
 
 // What a plan needs to know of a problem. `gradient`: of value_and_grad, otherwise null.
@@ -69,5 +72,6 @@ constexpr int kVectorsAtOnce = 4;
 constexpr int kPlaneThreads = 256;
 // Rows that are split over blocks: at most so many, each with a counter.
 constexpr int kMostSplitRows = 1024, kMostSplits = 64;
+constexpr int kMostClusterBlocks = 8;  // that every GPU with clusters allows
 
 }  // namespace nllx

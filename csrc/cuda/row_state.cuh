@@ -115,6 +115,23 @@ __device__ __forceinline__ void merge_in_warp(RowState<acc>& s, int width) {
   s.mass = sum_in_warp(s.mass, width);
 }
 
+// The state of `n` parts, merged in their order.
+template <typename acc>
+__device__ __forceinline__ RowState<acc> merge_parts(const RowState<acc>* parts, int n) {
+  acc m = parts[0].max;
+  for (int i = 1; i < n; ++i) m = larger(m, parts[i].max);
+  RowState<acc> s{m, 0, 0, 0};
+#pragma unroll 4
+  for (int i = 0; i < n; ++i) {
+    RowState<acc> part = parts[i];
+    part.raise_max(m);
+    s.sum += part.sum;
+    s.dot += part.dot;
+    s.mass += part.mass;
+  }
+  return s;
+}
+
 // All threads of the block end with the state of the block, in the same order of merging everywhere. `scratch` is
 // shared memory for 32 states.
 template <typename acc>
@@ -124,18 +141,44 @@ __device__ __forceinline__ void merge_in_block(RowState<acc>& s, RowState<acc>* 
   __syncthreads();  // the scratch may still be read for the row before
   if (lane == 0) scratch[warp] = s;
   __syncthreads();  // the states of all warps are there
-  acc m = scratch[0].max;
-  for (int w = 1; w < warps; ++w) m = larger(m, scratch[w].max);
-  s = RowState<acc>{m, 0, 0, 0};
-#pragma unroll 4
-  for (int w = 0; w < warps; ++w) {
-    RowState<acc> part = scratch[w];
-    part.raise_max(m);
-    s.sum += part.sum;
-    s.dot += part.dot;
-    s.mass += part.mass;
-  }
+  s = merge_parts(scratch, warps);
 }
+
+// The blocks of a cluster, each with a part of the same row; a block that is in none is a cluster by itself.
+template <typename Part>
+class ClusterParts {
+ public:
+  const int rank, blocks;
+
+  // `slots`: shared memory of the block for 2 * kMostClusterBlocks.
+  explicit __device__ __forceinline__ ClusterParts(Part* slots)
+      : rank(cluster_rank()), blocks(cluster_blocks()), slots_(slots) {
+    if (blocks > 1) cluster_arrive();
+  }
+
+  // The parts of all blocks of the cluster in their order, for all threads of all of them; `mine` is known to each
+  // thread of the block. Only where blocks > 1, and for every row by all blocks of the cluster.
+  __device__ __forceinline__ const Part* exchange(const Part& mine) {
+    if (!begun_) {
+      cluster_wait();  // the others have begun, and their shared memory may be written
+      begun_ = true;
+    }
+    Part* const slots = slots_ + turn_ * kMostClusterBlocks;
+    const int to = static_cast<int>(threadIdx.x);
+    if (to < blocks) *shared_of_rank(slots + rank, to) = mine;
+    // The slots of the row after the next are written when all threads have arrived here for the next one, and so have
+    // read those of this row: one barrier for a row. After the last one nothing of another block is accessed.
+    cluster_arrive();
+    cluster_wait();  // all parts are there
+    turn_ ^= 1;
+    return slots;
+  }
+
+ private:
+  Part* slots_;
+  int turn_ = 0;
+  bool begun_ = false;
+};
 
 template <typename acc>
 __device__ __forceinline__ acc sum_in_block(acc v, acc* scratch) {

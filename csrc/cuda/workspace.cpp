@@ -6,9 +6,11 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 namespace nllx {
 
@@ -17,6 +19,11 @@ CudaDevice current_cuda_device() {
   CudaDevice properties;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  // Asked once, since it takes microseconds. 0: not yet.
+  static std::vector<std::atomic<int>> cluster_blocks(static_cast<size_t>(c10::cuda::device_count()));
+  std::atomic<int>& known = cluster_blocks[static_cast<size_t>(device)];
+  if (known.load(std::memory_order_relaxed) == 0) known.store(most_cluster_blocks(properties), std::memory_order_relaxed);
+  properties.cluster_blocks = known.load(std::memory_order_relaxed);
   return properties;
 }
 

@@ -259,6 +259,8 @@ bool run_cluster(unsigned first) {
     ran = false;
     if (order > 1) arrange(warps);
     for (const unsigned warp : warps) {
+      // In the fixed orders a warp, and with it a block, runs before all that come after it whenever it can.
+      if (order <= 1 && ran) break;
       const unsigned rank = warp / warps_of_block, of_block = warp % warps_of_block;
       // A warp goes on as far as it can, where it shows that it did not wait for the others; at random, only half of
       // it.

@@ -3,6 +3,7 @@ alignment."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from ctypes import c_int64, c_uint8
 
@@ -182,6 +183,53 @@ def test_split_rows(dtype: torch.dtype, smoothing: float, kernels: Kernels) -> N
     check(case, expected)
     for settings in SETTINGS:
         check_same(run(kernels, problem, settings), expected, f"the order of the blocks: {settings}")
+
+
+def _clusters(kernels: Kernels) -> list[int]:
+    return [launch.cluster for launch in kernels.launched]
+
+
+# Of these devices one row does not fit a block's shared memory, but a cluster's; nor the latter.
+TIGHT, TOO_TIGHT = CudaDevice(1, 18 << 10, 4), CudaDevice(1, 11 << 10, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"target": "probabilities"}], ids=str)
+def test_rows_of_a_cluster(dtype: torch.dtype, options: dict, kernels: Kernels) -> None:
+    """A row's parts in several blocks: few long rows, and gradients of rows that one block cannot keep."""
+    ignored = "none" if "target" in options else "some"
+    case = Case("", "", (), dtype=dtype, ignored=ignored, weight="positive", layout="padded", **options)
+    for device, shape in (
+        (CudaDevice(80, 227 << 10, 8), (40, 8_001)),
+        (CudaDevice(64, 227 << 10, 8), (16, 65_550 // dtype.itemsize)),
+        (TIGHT, (5, 12_001 // dtype.itemsize)),
+        (TOO_TIGHT, (3, 7_001 // dtype.itemsize)),
+    ):
+        case = variant(case, shape=shape)
+        problem = build(case)
+        for together in (False, True):
+            settings = Settings(device=device, together=together)
+            kernels.launched.clear()
+            expected = run(kernels, problem, settings)
+            assert (max(_clusters(kernels)) > 1) == (together or device.multiprocessors > 1)
+            check(case, expected)
+            for other in SETTINGS:
+                other = dataclasses.replace(other, device=device, together=together, in_place=together)
+                check_same(run(kernels, problem, other), expected, f"the order of the blocks: {other}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_log_softmax_of_a_cluster(dtype: torch.dtype, kernels: Kernels) -> None:
+    for device, bytes in ((TIGHT, 12_001), (TOO_TIGHT, 7_001)):
+        case = variant(Case("", "", (5, bytes // dtype.itemsize), op="log_softmax", dtype=dtype, layout="padded"))
+        problem = build(case)
+        kernels.launched.clear()
+        expected = run(kernels, problem, Settings(device=device))
+        assert min(_clusters(kernels)) > 1
+        check(case, expected)
+        for settings in SETTINGS:
+            settings = dataclasses.replace(settings, device=device)
+            check_same(run(kernels, problem, settings), expected, f"the order of the blocks: {settings}")
 
 
 # A mean over nothing that is 0, from every place that writes a divisor.

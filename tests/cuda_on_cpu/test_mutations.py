@@ -36,6 +36,11 @@ TILE_ROWS = Case("", "", (300, 10), reduction="mean")
 REGISTER_ROWS = Case("", "", (5, 40), reduction="none")
 BLOCK_ROWS = Case("", "", (5, 1101), reduction="none")
 SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
+LOG_SOFTMAX = "launch_log_softmax.cu"
+CLUSTER_ROWS = Case("", "", (7, 3001), op="log_softmax")
+CLUSTERS_THAT_WALK = [
+    Settings(device=CudaDevice(1, 18 << 10, 4), order=order, most_blocks=1) for order in (DESCENDING, RANDOM)
+]
 BLOCKS_THAT_WALK = [Settings(most_blocks=1), Settings(order=DESCENDING, most_blocks=1)]
 DISORDER = [Settings(order=DESCENDING), Settings(order=RANDOM)]
 TOGETHER = [Settings(together=True), Settings(together=True, order=DESCENDING, in_place=True)]
@@ -94,6 +99,18 @@ MUTATIONS = [
              "index < kept ? keep[index]", "index <= kept ? keep[index]",
              FORWARD, [variant(BLOCK_ROWS, reduction="mean")], AssertionError, "",
              [Settings(together=True, device=CudaDevice(2, 18 << 10))]),
+    Mutation("a cluster's states overwritten by those of the next row", "row_state.cuh",
+             "turn_ ^= 1;", "",
+             LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", CLUSTERS_THAT_WALK),
+    Mutation("no wait for the other blocks of a cluster to begin", "row_state.cuh",
+             "cluster_wait();  // the others have begun, and their shared memory may be written", "",
+             LOG_SOFTMAX, [CLUSTER_ROWS], KernelError, "cluster_arrive: a second time without cluster_wait", CLUSTERS_THAT_WALK),
+    Mutation("no wait for the parts of the other blocks", "row_state.cuh",
+             "cluster_wait();  // all parts are there", "",
+             LOG_SOFTMAX, [CLUSTER_ROWS], (AssertionError, KernelError), "", CLUSTERS_THAT_WALK),
+    Mutation("a part that one block of a cluster is not told", "row_state.cuh",
+             "if (to < blocks) *shared_of_rank", "if (to < blocks - 1) *shared_of_rank",
+             LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", CLUSTERS_THAT_WALK),
 ]  # fmt: skip
 
 

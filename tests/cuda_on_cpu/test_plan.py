@@ -21,7 +21,7 @@ from emulator import (
     Kernels,
 )
 
-# Multiprocessors, and the shared memory that a block may ask for: T4 (sm_75), A100 (80), RTX 3090 (86), L4 (89), H100
+# Multiprocessors, the shared memory that a block may ask for, and the most blocks of a cluster: T4 (sm_75), A100 (80), RTX 3090 (86), L4 (89), H100
 # (90), B200 (100), RTX 5090 (120). Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 DEVICES = {
     "sm_75": CudaDevice(40, 64 << 10),
@@ -29,8 +29,8 @@ DEVICES = {
     "sm_86": CudaDevice(82, 99 << 10),
     "sm_89": CudaDevice(58, 99 << 10),
     "sm_90": H100,
-    "sm_100": CudaDevice(148, 227 << 10),
-    "sm_120": CudaDevice(170, 99 << 10),
+    "sm_100": CudaDevice(148, 227 << 10, 8),
+    "sm_120": CudaDevice(170, 99 << 10, 8),
 }
 MOST_BLOCKS = 2**31 - 1  # of a grid, in its first dimension
 
@@ -46,39 +46,47 @@ def planes(outer: int, classes: int, inner: int, element_bytes: int, has_terms: 
     return CudaProblem(Extent(outer, classes, inner), PLANES, False, aligned, has_terms, element_bytes)
 
 
-def fields(plan: CudaPlan) -> tuple[str, int, int, int, int]:
-    return FAMILIES[plan.family], plan.threads, plan.threads_per_row, plan.splits, plan.shared_bytes
+def fields(plan: CudaPlan) -> tuple[str, int, int, int, int, int]:
+    return FAMILIES[plan.family], plan.threads, plan.threads_per_row, plan.splits, plan.cluster, plan.shared_bytes
 
 
 @pytest.mark.parametrize(
     ("op", "problem", "expected"),
     [
-        (FORWARD, rows(10**6, 1, 2), ("tile rows", 128, 1, 1, 0)),
-        (FORWARD, rows(10**6, 32, 4), ("tile rows", 128, 1, 1, 0)),
-        (FORWARD, rows(10**6, 32, 4, dense=False), ("register rows", 128, 1, 1, 0)),
-        (FORWARD, rows(10**6, 33, 4), ("register rows", 128, 2, 1, 0)),
-        (FORWARD, rows(10**6, 256, 2), ("register rows", 128, 8, 1, 0)),
-        (FORWARD, rows(10**6, 1000, 2), ("register rows", 128, 32, 1, 0)),
-        (FORWARD, rows(10**6, 1024, 2), ("register rows", 128, 32, 1, 0)),
-        (FORWARD, rows(10**6, 1024, 4), ("register rows", 128, 32, 1, 0)),
-        (FORWARD, rows(10**6, 1024, 8), ("block rows", 128, 128, 1, 0)),  # float64: twice the registers
-        (FORWARD, rows(10**6, 1024, 2, aligned=False), ("block rows", 128, 128, 1, 0)),  # one vector more
-        (FORWARD, rows(10**6, 8192, 2), ("block rows", 128, 128, 1, 0)),
-        (FORWARD, rows(8192, 32000, 2), ("block rows", 256, 256, 1, 0)),
-        (FORWARD, rows(4096, 50257, 2), ("block rows", 256, 256, 1, 0)),
-        (FORWARD, rows(8, 262144, 2), ("block rows", 256, 256, 33, 0)),
-        (FORWARD, rows(8, 262144, 4), ("block rows", 256, 256, 33, 0)),
-        (BACKWARD, rows(10**6, 10, 2), ("tile rows", 128, 1, 1, 0)),
-        (BACKWARD, rows(10**6, 1000, 2), ("block rows", 256, 32, 1, 0)),
-        (BACKWARD, rows(4096, 50257, 2), ("block rows", 256, 256, 1, 0)),
-        (BACKWARD, rows(8, 262144, 4), ("block rows", 256, 256, 33, 0)),
-        (VALUE_AND_GRAD, rows(10**6, 1000, 2), ("register rows", 128, 32, 1, 0)),
-        (VALUE_AND_GRAD, rows(8192, 32000, 2), ("block rows", 256, 256, 1, 64000)),
-        (VALUE_AND_GRAD, rows(2048, 128256, 2), ("block rows", 256, 256, 1, 0)),
-        (LOG_SOFTMAX, rows(10**6, 10, 4), ("register rows", 128, 1, 1, 0)),
-        (LOG_SOFTMAX, rows(4096, 5000, 4), ("block rows", 256, 256, 1, 20000)),
-        (FORWARD, planes(16, 21, 512 * 512, 2), ("planes", 256, 256, 1, 0)),
-        (FORWARD, planes(2, 1000, 49, 4), ("planes", 256, 32, 1, 0)),
+        (FORWARD, rows(10**6, 1, 2), ("tile rows", 128, 1, 1, 1, 0)),
+        (FORWARD, rows(10**6, 32, 4), ("tile rows", 128, 1, 1, 1, 0)),
+        (FORWARD, rows(10**6, 32, 4, dense=False), ("register rows", 128, 1, 1, 1, 0)),
+        (FORWARD, rows(10**6, 33, 4), ("register rows", 128, 2, 1, 1, 0)),
+        (FORWARD, rows(10**6, 256, 2), ("register rows", 128, 8, 1, 1, 0)),
+        (FORWARD, rows(10**6, 1000, 2), ("register rows", 128, 32, 1, 1, 0)),
+        (FORWARD, rows(10**6, 1024, 2), ("register rows", 128, 32, 1, 1, 0)),
+        (FORWARD, rows(10**6, 1024, 4), ("register rows", 128, 32, 1, 1, 0)),
+        (FORWARD, rows(10**6, 1024, 8), ("block rows", 128, 128, 1, 1, 0)),  # float64: twice the registers
+        (FORWARD, rows(10**6, 1024, 2, aligned=False), ("block rows", 128, 128, 1, 1, 0)),  # one vector more
+        (FORWARD, rows(10**6, 8192, 2), ("block rows", 128, 128, 1, 1, 0)),
+        (FORWARD, rows(8192, 32000, 2), ("block rows", 256, 256, 1, 1, 0)),
+        (FORWARD, rows(4096, 50257, 2), ("block rows", 256, 256, 1, 1, 0)),
+        (FORWARD, rows(8, 262144, 2), ("block rows", 256, 256, 33, 1, 0)),
+        (FORWARD, rows(8, 262144, 4), ("block rows", 256, 256, 33, 1, 0)),
+        (BACKWARD, rows(10**6, 10, 2), ("tile rows", 128, 1, 1, 1, 0)),
+        (BACKWARD, rows(10**6, 1000, 2), ("block rows", 256, 32, 1, 1, 0)),
+        (BACKWARD, rows(4096, 50257, 2), ("block rows", 256, 256, 1, 1, 0)),
+        (BACKWARD, rows(8, 262144, 4), ("block rows", 256, 256, 33, 1, 0)),
+        (VALUE_AND_GRAD, rows(10**6, 1000, 2), ("register rows", 128, 32, 1, 1, 0)),
+        (VALUE_AND_GRAD, rows(8192, 32000, 2), ("block rows", 256, 256, 1, 1, 64000)),
+        (FORWARD, rows(64, 262144, 2), ("block rows", 256, 256, 1, 4, 0)),
+        (FORWARD, rows(33, 262144, 2), ("block rows", 256, 256, 1, 8, 0)),
+        (VALUE_AND_GRAD, rows(4096, 32000, 4), ("block rows", 256, 256, 1, 2, 64000)),
+        (VALUE_AND_GRAD, rows(2048, 128256, 2), ("block rows", 256, 256, 1, 4, 64128)),
+        (VALUE_AND_GRAD, rows(2048, 262144, 4), ("block rows", 256, 256, 1, 8, 74400)),  # the rest from the cache
+        (VALUE_AND_GRAD, rows(2048, 262144, 8), ("block rows", 256, 256, 1, 1, 0)),  # forward, then backward
+        (VALUE_AND_GRAD, rows(64, 262144, 2), ("block rows", 256, 256, 1, 8, 65536)),
+        (VALUE_AND_GRAD, rows(8, 262144, 2), ("block rows", 256, 256, 1, 1, 0)),  # more blocks than a cluster has
+        (LOG_SOFTMAX, rows(2048, 262144, 2), ("block rows", 256, 256, 1, 8, 65536)),
+        (LOG_SOFTMAX, rows(10**6, 10, 4), ("register rows", 128, 1, 1, 1, 0)),
+        (LOG_SOFTMAX, rows(4096, 5000, 4), ("block rows", 256, 256, 1, 1, 20000)),
+        (FORWARD, planes(16, 21, 512 * 512, 2), ("planes", 256, 256, 1, 1, 0)),
+        (FORWARD, planes(2, 1000, 49, 4), ("planes", 256, 32, 1, 1, 0)),
     ],
 )
 def test_on_h100(op: int, problem: CudaProblem, expected: tuple, kernels: Kernels) -> None:
@@ -133,6 +141,9 @@ def test_invariants_of_rows(op: int, element_bytes: int, kernels: Kernels) -> No
             if family == "block rows" and op != BACKWARD:
                 assert plan.threads_per_row == plan.threads, where
             assert 1 <= plan.splits <= 64, where
+            assert plan.cluster in (1, 2, 4, 8), where
+            assert plan.cluster <= device.cluster_blocks, where
+            assert plan.cluster == 1 or (family, plan.splits) == ("block rows", 1), where
             if plan.splits > 1:
                 assert plan.rows_at_once == plan.rows_per_chunk == 1, where
                 assert count <= 1024, where
