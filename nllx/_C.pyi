@@ -17,6 +17,7 @@ class CudaPlan(TypedDict):
     splits: int
     cluster: int
     shared_bytes: int
+    ahead: int
     rows_per_chunk: int
     chunks: int
     reason: str
@@ -35,6 +36,7 @@ def cuda_plan(
     multiprocessors: int = 132,
     shared_bytes: int = ...,
     cluster_blocks: int = 8,
+    async_copies: bool = True,
 ) -> CudaPlan: ...
 def differentiate_level(
     name: str, arguments: tuple[object, ...], plain: tuple[object, ...], results: tuple[Tensor, ...]

@@ -20,7 +20,8 @@ DEVICES = {
 
 
 def properties(name: str) -> dict[str, int]:
-    return dict(zip(("multiprocessors", "shared_bytes", "cluster_blocks"), DEVICES[name], strict=True))
+    named = dict(zip(("multiprocessors", "shared_bytes", "cluster_blocks"), DEVICES[name], strict=True))
+    return {**named, "async_copies": name != "sm_75"}
 
 
 FULL_ROW, PARTS = "register_rows", "block_rows"
@@ -72,11 +73,11 @@ def test_few_long_rows_by_clusters(name: str) -> None:
     [
         ("sm_75", 32000, 1, 0),
         ("sm_86", 32000, 1, 0),
-        ("sm_90", 32000, 1, 64000),
-        ("sm_90", 128256, 4, 64128),
+        ("sm_90", 32000, 1, 65536),
+        ("sm_90", 128256, 4, 65536),
         ("sm_90", 262144, 8, 65536),
         ("sm_100", 262144, 8, 65536),
-        ("sm_120", 32000, 4, 16000),
+        ("sm_120", 32000, 4, 16384),
     ],
 )
 def test_row_on_the_chip(name: str, classes: int, cluster: int, shared_bytes: int) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from nllx import functional
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 2**31 + 8
 BEYOND = 2**31 + 3  # a class whose number does not fit 32 bits
 

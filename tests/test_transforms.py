@@ -57,7 +57,7 @@ def test_transform(transform: Transform, op: str, shape: str, device: str, recor
     _check(transform, op, shape, device, record_property)
 
 
-@pytest.mark.parametrize("shape", ["rows_mean", "planes_mean"])
+@pytest.mark.parametrize("shape", ["rows_mean", pytest.param("planes_mean", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.replace(", ", "_").replace(" ", "_"))
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t.compiles and not t.builds], ids=str)
 def test_compiled_transform(transform: Transform, op: str, shape: str, device: str, record_property: Any) -> None:
@@ -65,6 +65,7 @@ def test_compiled_transform(transform: Transform, op: str, shape: str, device: s
         _check(transform, op, shape, device, record_property)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.replace(", ", "_").replace(" ", "_"))
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t.builds], ids=str)
 def test_built_transform(transform: Transform, op: str, device: str, record_property: Any) -> None:

@@ -1,7 +1,8 @@
 """Compiles every CUDA source for every architecture and checks what ptxas says of the kernels.
 
 Fails where a kernel spills registers to memory, uses more of them or of shared memory than its budget below, or has no
-16-byte load or store in its machine code where its plan says vectors. Needs nvcc, cuobjdump and the headers of any
+16-byte load or store in its machine code where its plan says vectors, no asynchronous copy or no barrier of a cluster
+where it should have them. Needs nvcc, cuobjdump and the headers of any
 build of torch; no GPU, no CUDA build of torch.
 
     python tools/check_cuda_kernels.py          # the table, exit status 1 on a failure
@@ -37,16 +38,16 @@ REGISTER_BUDGETS = {
     "cross_entropy_backward_planes_kernel": 96,
     "cross_entropy_backward_rows_kernel": 104,
     "cross_entropy_backward_tile_rows_kernel": 56,
-    "cross_entropy_block_rows_kernel": 184,
+    "cross_entropy_block_rows_kernel": 200,
     "cross_entropy_divisor_kernel": 56,
     "cross_entropy_planes_kernel": 208,
     "cross_entropy_register_rows_kernel": 248,
     "cross_entropy_tile_rows_kernel": 120,
-    "cross_entropy_value_and_grad_block_rows_kernel": 192,
-    "log_softmax_backward_block_rows_kernel": 96,
+    "cross_entropy_value_and_grad_block_rows_kernel": 216,
+    "log_softmax_backward_block_rows_kernel": 104,
     "log_softmax_backward_planes_kernel": 88,
     "log_softmax_backward_register_rows_kernel": 168,
-    "log_softmax_forward_block_rows_kernel": 112,
+    "log_softmax_forward_block_rows_kernel": 128,
     "log_softmax_forward_planes_kernel": 128,
     "log_softmax_forward_register_rows_kernel": 168,
     "nll_loss_backward_kernel": 48,
@@ -70,6 +71,13 @@ VECTORS = {
     "log_softmax_forward_block_rows_kernel": (True, True),
     "log_softmax_forward_register_rows_kernel": (True, True),
     "nll_loss_backward_kernel": (False, True),
+}
+# Long rows, or their parts, go through shared memory ahead of the arithmetic, and clusters exchange states.
+IN_SHARED_MEMORY = {
+    "cross_entropy_block_rows_kernel",
+    "cross_entropy_value_and_grad_block_rows_kernel",
+    "log_softmax_backward_block_rows_kernel",
+    "log_softmax_forward_block_rows_kernel",
 }
 # Static shared memory of a block: two blocks of the largest fit the 64 KB of the smallest multiprocessor.
 SHARED_BUDGET = 17 << 10
@@ -185,9 +193,18 @@ def without_vectors(machine_code: str, architecture: str) -> list[str]:
     for function in re.split(r"\bFunction : ", machine_code)[1:]:
         mangled = function.split(maxsplit=1)[0]
         name = kernel_name(mangled)
-        for wanted, what, opcode in zip(VECTORS.get(name, ()), ("load", "store"), ("LDG", "STG"), strict=False):
+        for wanted, what, opcode in zip(VECTORS.get(name, ()), ("load", "store"), ("LDG(STS)?", "STG"), strict=False):
             if wanted and not re.search(rf"\b{opcode}\.E(\.\w+)*\.128\b", function):
                 found.append(f"{name} ({mangled}) has no 16-byte {what} on sm_{architecture}")
+        if name not in IN_SHARED_MEMORY:
+            continue
+        streams = name == "cross_entropy_block_rows_kernel" and "IfLb0E" in mangled  # float32 without coefficients
+        for wanted, what, opcode in (
+            (int(architecture) >= 80 and not streams, "asynchronous 16-byte copy", r"LDGSTS\.E(\.\w+)*\.128"),
+            (int(architecture) >= 90, "barrier of a cluster", "UCGABAR_ARV"),
+        ):
+            if wanted != bool(re.search(rf"\b{opcode}\b", function)):
+                found.append(f"{name} ({mangled}) has {'no' if wanted else 'an'} {what} on sm_{architecture}")
     return found
 
 

@@ -72,9 +72,12 @@ from nllx._C import build_info
 info = build_info()
 print("torch", torch.__version__, "and nllx", nllx.__version__, "with CUDA", info["cuda"], "for", info["cuda_architectures"])
 assert info["cuda"] == torch.version.cuda, info'
-        # The kernels on the CPU do not depend on torch's version and have a stage of their own.
+        # The kernels on the CPU do not depend on torch's version and have a stage of their own; what takes long and has
+        # little to do with that version is left to the tests under the other one.
         # shellcheck disable=SC2086
-        python -m pytest tests --ignore tests/cuda_on_cpu $workers --junit-xml="$results"
+        python -m pytest tests -m 'not mutations' --ignore tests/cuda_on_cpu --ignore tests/torture \
+            --ignore tests/test_examples.py --ignore tests/test_many_classes.py --ignore tests/test_capabilities.py \
+            $workers --junit-xml="$results"
     )
 }
 
@@ -98,17 +101,18 @@ run_kernels() {
     python tools/check_cuda_kernels.py
 }
 
-# With the address sanitizer, whose runtime has to be there first, and C++'s library with it, as torch throws through it. The
-# planted mistakes without it, for which each kernel is compiled anew.
+# With the address sanitizer, whose runtime has to be there first, and C++'s library with it, as torch throws through it.
+# Without it the planted mistakes, for which each kernel is compiled anew, and the other orders of threads, which access no
+# other memory.
 run_on_cpu() {
     local preloaded='' name
     for name in libasan.so libstdc++.so; do preloaded+=" $(g++ -print-file-name=$name)"; done
     # shellcheck disable=SC2086
     NLLX_EMULATOR_SANITIZER=address LD_PRELOAD=${preloaded# } \
         ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:detect_odr_violation=0:allocator_may_return_null=1 \
-        python -m pytest tests/cuda_on_cpu $workers
+        python -m pytest tests/cuda_on_cpu -k "not every_order" $workers
     # shellcheck disable=SC2086
-    python -m pytest tests/cuda_on_cpu/test_emulator.py tests/cuda_on_cpu/test_mutations.py -m '' $workers
+    python -m pytest tests/cuda_on_cpu -k "every_order or test_emulator or test_mutations" -m '' $workers
 }
 
 find_nvcc

@@ -292,14 +292,13 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ?
 
 // The vectors of a batch of state_of_row.
 template <typename T, bool kTerms>
-constexpr int kStateVectors = kTerms || sizeof(T) == 8 ? 2 : kVectorsAtOnce;
+constexpr int kStateVectors = state_vectors(sizeof(T), kTerms);
 
-// The state of the classes [0, classes) of `x`, of those that thread `t` of `threads` (whole warps) takes; `a` of class
-// c is a(offset + c). keep(c, vector) is told the vectors that it has read.
-template <typename T, bool kTerms, typename Keep>
+// The state of the classes [0, classes) of `x`, of those that a thread of the block (whole warps) takes; `a` of class c
+// is a(offset + c). `read`: a Stream or a Keep.
+template <typename T, bool kTerms, typename Read>
 __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const T* x, int64_t classes, int64_t offset,
-                                                                          const ClassTerms<T>& a, int t, int threads,
-                                                                          Keep keep) {
+                                                                          const ClassTerms<T>& a, const Read& read) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize, kCount = kStateVectors<T, kTerms>;
   RowState<acc> s = RowState<acc>::empty();
@@ -314,8 +313,8 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
     s.max = m;
     exponentials = next;
   };
-  for_classes<T, kCount>(
-      x, classes, t, threads, 32,
+  read(
+      x, classes, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
       [&](int64_t c, T element) {
         const acc value = to_acc(element);
         raise_max(value);
@@ -336,7 +335,6 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
         for (int j = 0; j < kCount; ++j) {
           acc part = 0, dot = 0, mass = 0;  // of a vector first: fewer additions to a large sum
           const bool exists = c + j * step < tail;
-          if (exists) keep(c + j * step, vectors[j]);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) part += exponentials(vectors[j][i]);  // 0 beyond the row
           if (kTerms && exists) {
@@ -366,11 +364,6 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
   return s;
 }
 
-struct KeepNothing {
-  template <typename T>
-  __device__ __forceinline__ void operator()(int64_t, const Vector<T>&) const {}
-};
-
 // The part of a row that one of `splits` blocks takes.
 struct RowPart {
   int64_t begin, end;
@@ -383,13 +376,16 @@ struct RowPart {
 
 // Unit of work: a row by a block; or a part of one by each of `splits` blocks, the last of which to finish merges them;
 // or by each block of a cluster, whose first one merges them. Reads each logit once, 16 bytes at a time at any
-// alignment, kVectorsAtOnce loads of a thread in flight. Preconditions: class stride 1, whole clusters in the grid, and
-// splits of 1 where there are clusters. Plan: CudaFamily::kBlockRows.
+// alignment, with several loads of a thread in flight: in dynamic shared memory, `ahead` batches ahead of the arithmetic,
+// where reads_ahead(). Preconditions: class stride 1, whole clusters in the grid, and splits of 1 where there are clusters.
+// Plan: CudaFamily::kBlockRows.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(kHalfBlocks, kSingleBlocks, 2))
-    cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int64_t rows_per_chunk,
-                                    BadTarget* bad) {
+__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(kHalfBlocks, kSingleBlocks, 1))
+    cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int ahead,
+                                    int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
+  DYNAMIC_SHARED(memory);
+  const Stream<T, kStateVectors<T, kTerms>, reads_ahead(sizeof(T), kTerms)> read{reinterpret_cast<Vector<T>*>(memory), ahead};
   SHARED_ARRAY(RowState<acc>, states, 32);
   SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
   SHARED_ARRAY(double, scratch, 32);
@@ -417,8 +413,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
         if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
         const ClassTerms<T> a(p.targets, classes, outer, inner);
         const RowPart mine(classes, parts, part, Vector<T>::kSize);
-        s = state_of_row<T, kTerms>(x + mine.begin, mine.end - mine.begin, mine.begin, a, threadIdx.x, blockDim.x,
-                                    KeepNothing());
+        s = state_of_row<T, kTerms>(x + mine.begin, mine.end - mine.begin, mine.begin, a, read);
         merge_in_block(s, states);
       }
       if (cluster.blocks > 1) {
@@ -447,18 +442,17 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
 }
 
 // Unit of work: a row by a block, or by the blocks of a cluster, each a part, and its gradient. The first `kept`
-// vectors of the part stay in dynamic shared memory, each read by the thread that wrote it; the rest is read again,
-// soon enough that it is in the second-level cache. Preconditions: class stride 1, and whole clusters in the grid. Plan:
+// vectors of the part stay in dynamic shared memory; the rest is read again,
+// soon enough that it is in the second-level cache. The loads are `ahead` batches ahead of the arithmetic. Preconditions: class stride 1, and whole clusters in the grid. Plan:
 // CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 4, 2))
+__global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 3, 1))
     cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
-                                                   int kept, int64_t rows_per_chunk, BadTarget* bad) {
+                                                   int kept, int ahead, int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
-  constexpr int kAtOnce = sizeof(T) == 2 ? kStateVectors<T, kTerms> / 2 : kStateVectors<T, kTerms>;
   DYNAMIC_SHARED(memory);
-  Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
+  const Keep<T, kStateVectors<T, kTerms>> read{reinterpret_cast<Vector<T>*>(memory), kept, ahead};
   SHARED_ARRAY(RowState<acc>, states, 32);
   SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
   SHARED_ARRAY(double, scratch, 32);
@@ -487,20 +481,16 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       RowState<acc> s = RowState<acc>::empty();
       if (y.counts) {  // the same for all threads of the block
         const ClassTerms<T> a(p.targets, classes, outer, inner);
-        s = state_of_row<T, kTerms>(x, n, mine.begin, a, threadIdx.x, blockDim.x, [&](int64_t c, const Vector<T>& v) {
-          const int64_t index = (c - part.head) / kSize;
-          if (index < kept) keep[index] = v;
-        });
+        s = state_of_row<T, kTerms>(x, n, mine.begin, a, read);
         merge_in_block(s, states);
       }
       if (cluster.blocks > 1) s = merge_parts(cluster.exchange(s), cluster.blocks);
       if (first_block && threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
       const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, kTerms);
       const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
-      for_kept<T, kStateVectors<T, kTerms>, kAtOnce>(
-          part, y.counts ? kept : 0, x, keep, [&](int64_t c, const Vector<T>& values) {
-            store_whole_vector(grad + c, gradient(values, mine.begin + c), aligned);
-          });
+      for_kept(part, read, y.counts, x, [&](int64_t c, const Vector<T>& values) {
+        store_whole_vector(grad + c, gradient(values, mine.begin + c), aligned);
+      });
       const auto single = [&](int64_t c) { grad[c] = from_acc<T>(gradient(to_acc(x[c]), mine.begin + c)); };
       const int threads = blockDim.x;
       for (int64_t c = threadIdx.x; c < part.head; c += threads) single(c);

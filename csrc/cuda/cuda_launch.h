@@ -103,6 +103,37 @@ __device__ __forceinline__ T* shared_of_rank(T* p, [[maybe_unused]] int rank) {
 #endif
 }
 
+// 16 bytes from device to shared memory, while the thread goes on; from sm_80 on. What a thread has asked for since the
+// last time is a group; it waits until at most `groups` (up to 2) of its groups are on their way. Only this thread may
+// then read what has come, unless there is a barrier. Shared memory that it has read may be written again where what was
+// read has been used.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+__device__ __forceinline__ void wait_for_copies(int groups) {
+  if (groups == 0) {
+    asm volatile("cp.async.wait_group 0;" : : : "memory");
+  } else if (groups == 1) {
+    asm volatile("cp.async.wait_group 1;" : : : "memory");
+  } else {
+    asm volatile("cp.async.wait_group 2;" : : : "memory");
+  }
+}
+__device__ __forceinline__ bool copies_are_async(int) { return true; }
+#else
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
+__device__ __forceinline__ void commit_copies() {}
+__device__ __forceinline__ void wait_for_copies(int) {}
+__device__ __forceinline__ bool copies_are_async(int) { return false; }
+#endif
+
 // 2^x as the hardware gives it: 2^-22.5 off at the most, zero for what would be denormal.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

@@ -110,14 +110,15 @@ constexpr int resident(int half, int single, int twice) {
   return sizeof(T) == 2 ? half : sizeof(T) == 4 ? single : twice;
 }
 
-// Of the forward that streams rows: ptxas takes more registers for other architectures than Hopper, and for Turing,
-// which converts half types in more steps, more for those too.
+// Of the forward that streams rows: ptxas takes more registers for other architectures than Hopper, and for half types
+// more for Turing, which converts them in more steps, and from Blackwell on, where two blocks have loads enough on
+// their way, as they run ahead.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kSingleBlocks = 3;
 #else
 constexpr int kSingleBlocks = 4;
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
 constexpr int kHalfBlocks = 2;
 #else
 constexpr int kHalfBlocks = 3;
@@ -328,29 +329,160 @@ __device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t
   for (c = last + threads; c < classes; c += threads) one(c, row[c]);
 }
 
-// Calls each(c, vector) for the vectors of a row that for_classes gave to this thread of the block, kCount to a
-// batch, kAtOnce loaded before the first is used: the first `kept` of the row from shared memory, where the
-// same thread has put them, the others from `row`.
-template <typename T, int kCount, int kAtOnce, typename Each>
-__device__ __forceinline__ void for_kept(const RowVectors<T>& part, int kept, const T* row, const Vector<T>* keep,
-                                         Each each) {
-  const Share<T, kCount> share(part, threadIdx.x, blockDim.x, 32);
-  for (int64_t begin = share.first; begin < part.tail; begin += share.next) {
+// Where the vectors of a row are in shared memory: those that a warp takes at once lie side by side, kCount * 32 of them,
+// and each is read by the thread that has put it there. first(slot, c) is the first vector of a thread's batch, of the
+// classes from c on, and the next ones are 32 vectors further on each. A ring has room for a few batches of a block, one
+// in each slot:
+template <typename T, int kCount>
+struct RingPlace {
+  Vector<T>* of_thread;
+  int slot_vectors;
+  __device__ __forceinline__ RingPlace(Vector<T>* memory, int t, int threads)
+      : of_thread(memory + t / 32 * 32 * kCount + t % 32), slot_vectors(threads * kCount) {}
+  __device__ __forceinline__ bool holds(int64_t) const { return true; }
+  __device__ __forceinline__ Vector<T>* first(int slot, int64_t) const { return of_thread + slot * slot_vectors; }
+};
+// …or the first `kept` vectors of the row have a place for each, a multiple of 32 * kCount:
+template <typename T, int kCount>
+struct KeptPlace {
+  Vector<T>* memory;
+  int64_t head, end;  // classes
+  __device__ __forceinline__ KeptPlace(Vector<T>* memory, int kept, int64_t head)
+      : memory(memory), head(head), end(head + static_cast<int64_t>(kept) * Vector<T>::kSize) {}
+  __device__ __forceinline__ bool holds(int64_t c) const { return c < end; }
+  __device__ __forceinline__ Vector<T>* first(int, int64_t c) const {
+    return memory + static_cast<int>(c - head) / Vector<T>::kSize;
+  }
+};
+
+// A batch of a row's whole vectors, which end at `tail`, from its place in shared memory, if it has one; -inf beyond.
+template <typename T, int kCount, typename Place>
+__device__ __forceinline__ void load_batch(const Place& place, int slot, const T* row, int64_t c, int64_t tail,
+                                           Vector<T>* vectors) {
+  constexpr int kStep = 32 * Vector<T>::kSize;
+  if (!place.holds(c)) {
+    Batch<T, kCount> batch;
+    batch.load(row, c, kStep, tail);
 #pragma unroll
-    for (int of_batch = 0; of_batch < kCount; of_batch += kAtOnce) {
-      const int64_t first = begin + of_batch * share.step;
-      Vector<T> values[kAtOnce];
+    for (int j = 0; j < kCount; ++j) vectors[j] = batch.vectors[j];
+    return;
+  }
+  const Vector<T>* const first = place.first(slot, c);
+  if (c + (kCount - 1) * kStep < tail) {
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int64_t c = first + j * share.step, index = (c - part.head) / Vector<T>::kSize;
-        if (c < part.tail) values[j] = index < kept ? keep[index] : Vector<T>::load(row + c);
-      }
+    for (int j = 0; j < kCount; ++j) vectors[j] = first[j * 32];
+  } else {
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int64_t c = first + j * share.step;
-        if (c < part.tail) each(c, values[j]);
+    for (int j = 0; j < kCount; ++j)
+      vectors[j] = c + j * kStep < tail ? first[j * 32] : Vector<T>::minus_infinities();
+  }
+}
+
+// As for_classes, by copies to shared memory that run `ahead` batches ahead of the arithmetic: loads are on their way
+// all the time and take no registers. Slots from 0 to `ahead` follow each other.
+template <typename T, int kCount, typename Place, typename One, typename Many>
+__device__ __forceinline__ void for_classes_ahead(const T* row, int64_t classes, int t, int threads, int ahead,
+                                                  const Place& place, One one, Many many) {
+  constexpr int kStep = 32 * Vector<T>::kSize;
+  const RowVectors<T> part(row, classes);
+  const Share<T, kCount> share(part, t, threads, 32);
+  const int64_t last = part.tail + t;
+  const T none = minus_infinity_of<T>(), of_head = t < part.head ? row[t] : none,
+          of_end = last < classes ? row[last] : none;
+  int64_t next = share.first;
+  int to = 0, from = 0;
+  const auto copy = [&] {
+    if (next < part.tail && place.holds(next)) {
+      Vector<T>* const first = place.first(to, next);
+      const T* const source = row + next;
+      if (next + (kCount - 1) * kStep < part.tail) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) copy_async(first + j * 32, source + j * kStep);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j)
+          if (next + j * kStep < part.tail) copy_async(first + j * 32, source + j * kStep);
       }
     }
+    commit_copies();  // of the end of the row too: groups are counted
+    next += share.next;
+    to = to == ahead ? 0 : to + 1;
+  };
+  for (int i = 0; i < ahead; ++i) copy();
+  for (int64_t c = share.first; c < part.tail; c += share.next) {
+    wait_for_copies(ahead - 1);  // the oldest group is this batch
+    copy();                      // where the batch before was
+    Vector<T> now[kCount];
+    load_batch<T, kCount>(place, from, row, c, part.tail, now);
+    from = from == ahead ? 0 : from + 1;
+    many(c, kStep, part.tail, now);
+  }
+  if (t < part.head) one(int64_t(t), of_head);
+  if (last < classes) one(last, of_end);
+  for (int64_t c = t + threads; c < part.head; c += threads) one(c, row[c]);
+  for (int64_t c = last + threads; c < classes; c += threads) one(c, row[c]);
+}
+
+// How the threads of a block read a row, for_classes or for_classes_ahead: through a ring of `ahead` + 1 slots in shared
+// memory, where kAhead, or not.
+template <typename T, int kCount, bool kAhead>
+struct Stream {
+  Vector<T>* memory;
+  int ahead;
+  template <typename One, typename Many>
+  __device__ __forceinline__ void operator()(const T* row, int64_t classes, int t, int threads, One one,
+                                             Many many) const {
+    if (kAhead && copies_are_async(ahead)) {
+      for_classes_ahead<T, kCount>(row, classes, t, threads, ahead, RingPlace<T, kCount>(memory, t, threads), one,
+                                   many);
+    } else {
+      for_classes<T, kCount>(row, classes, t, threads, 32, one, many);
+    }
+  }
+};
+// …keeping the first `kept` vectors of the row in shared memory.
+template <typename T, int kCount>
+struct Keep {
+  Vector<T>* memory;
+  int kept, ahead;
+  __device__ __forceinline__ KeptPlace<T, kCount> place(const RowVectors<T>& part) const {
+    return KeptPlace<T, kCount>(memory, kept, part.head);
+  }
+  template <typename One, typename Many>
+  __device__ __forceinline__ void operator()(const T* row, int64_t classes, int t, int threads, One one,
+                                             Many many) const {
+    const KeptPlace<T, kCount> place = this->place(RowVectors<T>(row, classes));
+    if (copies_are_async(ahead)) {
+      for_classes_ahead<T, kCount>(row, classes, t, threads, kMostAhead, place, one, many);
+    } else {
+      for_classes<T, kCount>(row, classes, t, threads, 32, one,
+                             [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
+                               if (place.holds(c)) {
+                                 Vector<T>* const first = place.first(0, c);
+#pragma unroll
+                                 for (int j = 0; j < kCount; ++j) first[j * 32] = vectors[j];
+                               }
+                               many(c, step, tail, vectors);
+                             });
+    }
+  }
+};
+
+// Calls each(c, vector) for the vectors of a row that Keep gave to this thread of the block, those that it kept from
+// shared memory, if `any`.
+template <typename T, int kCount, typename Each>
+__device__ __forceinline__ void for_kept(const RowVectors<T>& part, const Keep<T, kCount>& keep, bool any, const T* row,
+                                         Each each) {
+  constexpr int kStep = 32 * Vector<T>::kSize;
+  const Share<T, kCount> share(part, threadIdx.x, blockDim.x, 32);
+  KeptPlace<T, kCount> place = keep.place(part);
+  if (!any) place.end = 0;
+  for (int64_t c = share.first; c < part.tail; c += share.next) {
+    Vector<T> values[kCount];
+    load_batch<T, kCount>(place, 0, row, c, part.tail, values);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (c + j * kStep < part.tail) each(c + j * kStep, values[j]);
   }
 }
 

@@ -70,8 +70,10 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
         CUDA_LAUNCH((cross_entropy_register_rows_kernel<T, kTerms, false>), grid, block, 0, stream, p, none, r,
                     plan.threads_per_row, plan.rows_per_chunk, bad);
       } else {
-        CUDA_LAUNCH_CLUSTERS((cross_entropy_block_rows_kernel<T, kTerms>), plan.cluster, grid, block, 0, stream, p, r,
-                             plan.splits, plan.rows_per_chunk, bad);
+        const auto shared = static_cast<size_t>(plan.shared_bytes);
+        ALLOW_SHARED((cross_entropy_block_rows_kernel<T, kTerms>), shared);
+        CUDA_LAUNCH_CLUSTERS((cross_entropy_block_rows_kernel<T, kTerms>), plan.cluster, grid, block, shared, stream, p,
+                             r, plan.splits, plan.ahead, plan.rows_per_chunk, bad);
       }
     });
   });
@@ -113,7 +115,8 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
         const auto shared = static_cast<size_t>(plan.shared_bytes);
         ALLOW_SHARED((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), shared);
         CUDA_LAUNCH_CLUSTERS((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), plan.cluster, grid, block,
-                             shared, stream, p, b, r, plan.shared_bytes / 16, plan.rows_per_chunk, bad);
+                             shared, stream, p, b, r, plan.shared_bytes / 16, plan.ahead, plan.rows_per_chunk,
+                             bad);
       }
     });
   });

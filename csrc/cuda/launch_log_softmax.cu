@@ -30,7 +30,7 @@ cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType typ
     } else {
       ALLOW_SHARED((log_softmax_forward_block_rows_kernel<T>), shared);
       CUDA_LAUNCH_CLUSTERS((log_softmax_forward_block_rows_kernel<T>), plan.cluster, grid, block, shared, stream, p,
-                           plan.shared_bytes / 16);
+                           plan.shared_bytes / 16, plan.ahead);
     }
   });
   return cudaGetLastError();
@@ -51,7 +51,7 @@ cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType t
     } else {
       ALLOW_SHARED((log_softmax_backward_block_rows_kernel<T>), shared);
       CUDA_LAUNCH_CLUSTERS((log_softmax_backward_block_rows_kernel<T>), plan.cluster, grid, block, shared, stream, p,
-                           plan.shared_bytes / 16);
+                           plan.shared_bytes / 16, plan.ahead);
     }
   });
   return cudaGetLastError();

@@ -120,15 +120,15 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(4, 2, 2))
 }
 
 // Unit of work: a row by a block, or by the blocks of a cluster, each a part. The first `kept` vectors of the part stay
-// in dynamic shared memory, each read by the thread that wrote it; the rest is read again. Preconditions: class stride 1,
+// in dynamic shared memory; the rest is read again. Preconditions: class stride 1,
 // and whole clusters in the grid. Plan: CudaFamily::kBlockRows of CudaOp::kLogSoftmax.
 template <typename T>
-__global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
-    log_softmax_forward_block_rows_kernel(LogSoftmaxForward p, int kept) {
+__global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
+    log_softmax_forward_block_rows_kernel(LogSoftmaxForward p, int kept, int ahead) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
   DYNAMIC_SHARED(memory);
-  Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
+  const Keep<T, kStateVectors<T, false>> read{reinterpret_cast<Vector<T>*>(memory), kept, ahead};
   SHARED_ARRAY(RowState<acc>, states, 32);
   SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
   ClusterParts<RowState<acc>> cluster(slots);
@@ -142,34 +142,28 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
         static_cast<const T*>(p.input) + outer * p.input_strides.outer + inner * p.input_strides.inner + mine.begin;
     T* y = static_cast<T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner + mine.begin;
     const RowVectors<T> part(x, classes);
-    const int64_t head = part.head;
     const bool aligned = elements_past_boundary(x) == elements_past_boundary(y);
-    RowState<acc> s = state_of_row<T, false>(x, classes, 0, ClassTerms<T>(Targets(), classes, 0, 0), threadIdx.x,
-                                             blockDim.x, [&](int64_t c, const Vector<T>& v) {
-                                               const int64_t index = (c - head) / kSize;
-                                               if (index < kept) keep[index] = v;
-                                             });
+    RowState<acc> s = state_of_row<T, false>(x, classes, 0, ClassTerms<T>(Targets(), classes, 0, 0), read);
     merge_in_block(s, states);
     if (cluster.blocks > 1) s = merge_parts(cluster.exchange(s), cluster.blocks);
     const RowStats<acc> stats = s.stats();
     const auto output = [&](T value) { return from_acc<T>((to_acc(value) - stats.max) - stats.log_sum); };
-    for_kept<T, kStateVectors<T, false>, kStateVectors<T, false>>(
-        part, kept, x, keep, [&](int64_t c, const Vector<T>& values) {
-          const Vector<T> out = Vector<T>::of([&](int i) { return (values[i] - stats.max) - stats.log_sum; });
-          store_whole_vector(y + c, out, aligned);
-        });
-    for (int64_t c = threadIdx.x; c < head; c += threads) y[c] = output(x[c]);
+    for_kept(part, read, true, x, [&](int64_t c, const Vector<T>& values) {
+      const Vector<T> out = Vector<T>::of([&](int i) { return (values[i] - stats.max) - stats.log_sum; });
+      store_whole_vector(y + c, out, aligned);
+    });
+    for (int64_t c = threadIdx.x; c < part.head; c += threads) y[c] = output(x[c]);
     for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads) y[c] = output(x[c]);
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
-    log_softmax_backward_block_rows_kernel(LogSoftmaxBackward p, int kept) {
+__global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
+    log_softmax_backward_block_rows_kernel(LogSoftmaxBackward p, int kept, int ahead) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
   DYNAMIC_SHARED(memory);
-  Vector<T>* keep = reinterpret_cast<Vector<T>*>(memory);
+  const Keep<T, kVectorsAtOnce / 2> read{reinterpret_cast<Vector<T>*>(memory), kept, ahead};
   SHARED_ARRAY(acc, scratch, 32);
   SHARED_ARRAY(acc, slots, 2 * kMostClusterBlocks);
   ClusterParts<acc> cluster(slots);
@@ -187,23 +181,19 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
               mine.begin;
     const int past = elements_past_boundary(g);
     const RowVectors<T> part(g, classes);
-    const int64_t head = part.head;
     const bool together = past == elements_past_boundary(y), aligned = past == elements_past_boundary(grad);
     acc sum = 0;
-    const auto add = [&](int64_t c, const Vector<T>& v) {
-      const int64_t index = (c - head) / kSize;
-      if (index < kept) keep[index] = v;
-      acc part = 0;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) part += v[i];
-      sum += part;
-    };
-    for_classes<T, kVectorsAtOnce>(
-        g, classes, threadIdx.x, blockDim.x, 32, [&](int64_t, T element) { sum += to_acc(element); },
+    read(
+        g, classes, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
+        [&](int64_t, T element) { sum += to_acc(element); },
         [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
-          for (int j = 0; j < kVectorsAtOnce; ++j) {
-            if (c + j * step < tail) add(c + j * step, vectors[j]);
+          for (int j = 0; j < kVectorsAtOnce / 2; ++j) {
+            if (c + j * step >= tail) continue;
+            acc part = 0;
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) part += vectors[j][i];
+            sum += part;
           }
         });
     sum = sum_in_block(sum, scratch);
@@ -213,7 +203,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
       for (int i = 1; i < cluster.blocks; ++i) sum += sums[i];
     }
     const auto gradient = [&](T g, T y) { return from_acc<T>(to_acc(g) - exp_of_many(to_acc(y)) * sum); };
-    for_kept<T, kVectorsAtOnce, kVectorsAtOnce / 2>(part, kept, g, keep, [&](int64_t c, const Vector<T>& gs) {
+    for_kept(part, read, true, g, [&](int64_t c, const Vector<T>& gs) {
       Vector<T> ys;
       if (together) {
         ys = Vector<T>::load(y + c);
@@ -224,7 +214,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 2))
       const Vector<T> out = Vector<T>::of([&](int i) { return gs[i] - exp_of_many(ys[i]) * sum; });
       store_whole_vector(grad + c, out, aligned);
     });
-    for (int64_t c = threadIdx.x; c < head; c += threads) grad[c] = gradient(g[c], y[c]);
+    for (int64_t c = threadIdx.x; c < part.head; c += threads) grad[c] = gradient(g[c], y[c]);
     for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads) grad[c] = gradient(g[c], y[c]);
   }
 }

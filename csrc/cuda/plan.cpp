@@ -52,8 +52,21 @@ int splits_of_row(const CudaProblem& p, int64_t vectors, int threads, const Cuda
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted / rows, most), 1, kMostSplits));
 }
 
+// Of a block of the forward, in its ring of shared memory.
+int batch_bytes(const CudaProblem& p, int threads) { return threads * state_vectors(p.element_bytes, p.has_terms) * 16; }
+
+// How many batches of a block's loads are on their way while it works on one: two, if three blocks with as much share a
+// multiprocessor; at the least one, for two blocks.
+int batches_ahead(const CudaProblem& p, int threads, const CudaDevice& device) {
+  if (!device.async_copies || !reads_ahead(p.element_bytes, p.has_terms)) return 0;
+  const auto fits = [&](int ahead, int blocks) {
+    return (ahead + 1) * batch_bytes(p, threads) <= device.shared_bytes / blocks - kReservedBytes;
+  };
+  return fits(2, kResidentBlocks) ? 2 : fits(1, kResidentBlocks - 1) ? 1 : 0;
+}
+
 CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
-  CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 1, 0, 0, 0, ""};
+  CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 1, 0, 0, 0, 0, ""};
   const int vector = 8 / p.element_bytes;
   const int64_t threads = static_cast<int64_t>(device.multiprocessors) * 512;
   // With coefficients the state of a row takes twice the registers: a row per thread.
@@ -137,6 +150,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   0,
                   0,
                   0,
+                  0,
                   "few classes: no exchange between threads"};
     cut(plan, rows);
     return plan;
@@ -153,6 +167,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   vector,
                   1,
                   1,
+                  0,
                   0,
                   0,
                   0,
@@ -174,6 +189,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   0,
                   0,
                   0,
+                  0,
                   "the row fits the registers of a warp: one read, no barrier"};
     cut(plan, rows);
     return plan;
@@ -184,7 +200,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
     return *row;
   };
   BlockRow row = block_row(vectors);
-  CudaPlan plan{CudaFamily::kBlockRows, row.threads, row.threads, 1, vector, 1, 1, 0, 0, 0, row.reason};
+  CudaPlan plan{CudaFamily::kBlockRows, row.threads, row.threads, 1, vector, 1, 1, 0, 0, 0, 0, row.reason};
   const int splits = op == CudaOp::kLogSoftmax ? 1 : splits_of_row(p, vectors, plan.threads, device);
   // Within a cluster nothing of device memory is waited for; more blocks than it has are worth more than that.
   const bool clustered = splits > 1 && splits <= device.cluster_blocks;
@@ -196,12 +212,21 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
       plan.splits = splits;
       plan.reason = "few long rows: several blocks for each";
     }
+    plan.ahead = batches_ahead(p, plan.threads, device);
+    if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch_bytes(p, plan.threads);
   } else {
-    const int most = std::max(0, (device.shared_bytes / kResidentBlocks - kReservedBytes) / 16 * 16);
-    const auto bytes = [&](int blocks) { return divide_up(divide_up(classes, blocks) * p.element_bytes, 16) * 16; };
-    while (2 * plan.cluster <= device.cluster_blocks && (bytes(plan.cluster) > most || (clustered && 2 * plan.cluster <= splits)))
+    // In whole batches of a warp, forward and backward.
+    const int64_t granule =
+        32 * 16 * (op == CudaOp::kLogSoftmax ? kVectorsAtOnce : state_vectors(p.element_bytes, p.has_terms));
+    const int64_t most = std::max<int64_t>(0, device.shared_bytes / kResidentBlocks - kReservedBytes) / granule * granule;
+    const auto bytes = [&](int blocks) {
+      return divide_up(divide_up(classes, blocks) * p.element_bytes, granule) * granule;
+    };
+    while (2 * plan.cluster <= device.cluster_blocks &&
+           (bytes(plan.cluster) > most || (clustered && 2 * plan.cluster <= splits)))
       plan.cluster *= 2;
-    plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes(plan.cluster), most));
+    plan.shared_bytes = static_cast<int>(std::min(bytes(plan.cluster), most));
+    plan.ahead = device.async_copies ? kMostAhead : 0;
     plan.reason = plan.cluster == 1 ? "the row stays in shared memory, what does not fit in the cache"
                                     : "the row stays in the shared memory of a cluster, what does not fit in the cache";
     row = block_row(divide_up(vectors, plan.cluster));
@@ -209,7 +234,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
     if (op == CudaOp::kValueAndGrad && ((splits > 1 && !clustered) || bytes(plan.cluster) > 2 * most)) {
       // Reading most of the row again from a kernel that waits in between is slower than the streaming backward, and
       // so is a kernel of few blocks.
-      plan.shared_bytes = 0;
+      plan.shared_bytes = plan.ahead = 0;
       plan.cluster = 1;
       plan.reason = splits > 1 && !clustered ? "few long rows: forward, then backward" : "the row does not fit: forward, then backward";
     }

@@ -35,6 +35,7 @@ struct CudaDevice {
   int multiprocessors = 1;
   int shared_bytes = 48 << 10;  // that a block may ask for
   int cluster_blocks = 1;       // the most of a thread-block cluster
+  bool async_copies = false;    // from device to shared memory: from sm_80 on
 };
 
 struct CudaPlan {
@@ -46,6 +47,7 @@ struct CudaPlan {
   int splits;           // blocks that share a row, through device memory
   int cluster;          // blocks that share a row, as a thread-block cluster through shared memory
   int shared_bytes;     // dynamic
+  int ahead;            // kBlockRows: batches of loads on their way through shared memory; 0: none
   int64_t rows_per_chunk;
   int64_t chunks;  // units of work, each with one partial sum of the loss
   const char* reason;
@@ -70,6 +72,14 @@ NLLX_MEMBER constexpr int register_vectors(int element_bytes) { return element_b
 constexpr int kVectorsAtOnce = 4;
 // kPlanes: threads of a block.
 constexpr int kPlaneThreads = 256;
+// …fewer where each class has a coefficient.
+NLLX_MEMBER constexpr int state_vectors(int element_bytes, bool has_terms) {
+  return has_terms || element_bytes == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
+}
+// Whether the forward's loads run ahead of the arithmetic through shared memory. Of float32 without coefficients there
+// are enough loads in flight without, since four blocks share a multiprocessor.
+NLLX_MEMBER constexpr bool reads_ahead(int element_bytes, bool has_terms) { return has_terms || element_bytes != 4; }
+constexpr int kMostAhead = 3;  // batches of loads on their way
 // Rows that are split over blocks: at most so many, each with a counter.
 constexpr int kMostSplitRows = 1024, kMostSplits = 64;
 constexpr int kMostClusterBlocks = 8;  // that every GPU with clusters allows

@@ -19,6 +19,9 @@ CudaDevice current_cuda_device() {
   CudaDevice properties;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int major = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  properties.async_copies = major >= 8;
   // Asked once, since it takes microseconds. 0: not yet.
   static std::vector<std::atomic<int>> cluster_blocks(static_cast<size_t>(c10::cuda::device_count()));
   std::atomic<int>& known = cluster_blocks[static_cast<size_t>(device)];

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <numeric>
 #include <random>
@@ -54,6 +55,12 @@ struct Fiber {
   uint64_t result = 0;     // of a warp collective
   bool arrived = false;    // at the cluster's barrier, and has not waited there since
   uint64_t phase = 0;      // that the cluster's barrier then had
+  struct Copy {
+    uint4* to;
+    const uint4* from;
+  };
+  std::vector<Copy> open;                // since the last commit
+  std::deque<std::vector<Copy>> groups;  // on their way, the oldest first
 };
 
 // The lanes of one mask that have arrived at a collective. Subsets of a warp may meet apart, so there is one for each
@@ -240,6 +247,8 @@ bool run_cluster(unsigned first) {
     Fiber& fiber = fibers[i];
     fiber.state = Fiber::State::kReady;
     fiber.arrived = false;
+    fiber.open.clear();
+    fiber.groups.clear();
     fiber.rank = i / threads;
     fiber.thread = i % threads;
     fiber.index = {fiber.thread % block_dim.x, fiber.thread / block_dim.x % block_dim.y,
@@ -337,6 +346,27 @@ void cluster_wait() {
     wait();
   }
   current->arrived = false;
+}
+
+void copy_async(void* to, const void* from) {
+  const Fiber::Copy copy{static_cast<uint4*>(to), static_cast<const uint4*>(from)};
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail("copy_async: an address that is not aligned");
+  if (order == 1 || (order > 1 && random_bits() % 2)) {
+    *copy.to = *copy.from;
+  } else {
+    current->open.push_back(copy);
+  }
+}
+
+void commit_copies() { current->groups.push_back(std::exchange(current->open, {})); }
+
+void wait_for_copies(int groups) {
+  if (groups < 0 || groups > 2) fail("wait_for_copies: no such number of groups");
+  while (current->groups.size() > static_cast<size_t>(groups)) {
+    for (const Fiber::Copy& copy : current->groups.front()) *copy.to = *copy.from;
+    current->groups.pop_front();
+  }
 }
 
 int block_barrier(const char* name, Vote vote, int predicate) {

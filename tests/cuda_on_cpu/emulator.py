@@ -169,10 +169,17 @@ class CudaProblem(ctypes.Structure):
 
 
 class CudaDevice(ctypes.Structure):
-    _fields_ = [("multiprocessors", c_int), ("shared_bytes", c_int), ("cluster_blocks", c_int)]
+    _fields_ = [
+        ("multiprocessors", c_int),
+        ("shared_bytes", c_int),
+        ("cluster_blocks", c_int),
+        ("async_copies", c_bool),
+    ]
 
-    def __init__(self, multiprocessors: int, shared_bytes: int, cluster_blocks: int = 1) -> None:
-        super().__init__(multiprocessors, shared_bytes, cluster_blocks)
+    def __init__(
+        self, multiprocessors: int, shared_bytes: int, cluster_blocks: int = 1, async_copies: bool = True
+    ) -> None:
+        super().__init__(multiprocessors, shared_bytes, cluster_blocks, async_copies)
 
 
 H100 = CudaDevice(132, 227 << 10, 8)
@@ -188,6 +195,7 @@ class CudaPlan(ctypes.Structure):
         ("splits", c_int),
         ("cluster", c_int),
         ("shared_bytes", c_int),
+        ("ahead", c_int),
         ("rows_per_chunk", c_int64),
         ("chunks", c_int64),
         ("reason", c_char_p),

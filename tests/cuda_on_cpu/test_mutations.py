@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from cases import Case, build
 from comparison import check, variant
 from compilation import CSRC, kernels_library
@@ -39,7 +40,7 @@ SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
 LOG_SOFTMAX = "launch_log_softmax.cu"
 CLUSTER_ROWS = Case("", "", (7, 3001), op="log_softmax")
 CLUSTERS_THAT_WALK = [
-    Settings(device=CudaDevice(1, 18 << 10, 4), order=order, most_blocks=1) for order in (DESCENDING, RANDOM)
+    Settings(device=CudaDevice(1, 24 << 10, 4), order=order, most_blocks=1) for order in (DESCENDING, RANDOM)
 ]
 BLOCKS_THAT_WALK = [Settings(most_blocks=1), Settings(order=DESCENDING, most_blocks=1)]
 DISORDER = [Settings(order=DESCENDING), Settings(order=RANDOM)]
@@ -95,10 +96,16 @@ MUTATIONS = [
     Mutation("a counter that is left as it is", "loss_sum.cuh",
              "if (complete[0]) *counter = 0;", "",
              FORWARD, [SPLIT_ROWS], AssertionError, "counters that are not zero"),
-    Mutation("a row kept one vector too long", "elements.cuh",
-             "index < kept ? keep[index]", "index <= kept ? keep[index]",
-             FORWARD, [variant(BLOCK_ROWS, reduction="mean")], AssertionError, "",
+    Mutation("a row kept too long", "elements.cuh",
+             "head + static_cast<int64_t>(kept) * Vector<T>::kSize", "head + static_cast<int64_t>(kept + 1) * Vector<T>::kSize",
+             FORWARD, [variant(BLOCK_ROWS, reduction="mean")], (AssertionError, KernelError), "",
              [Settings(together=True, device=CudaDevice(2, 18 << 10))]),
+    Mutation("a copy used before it has come", "elements.cuh",
+             "wait_for_copies(ahead - 1);", "wait_for_copies(ahead);",
+             LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", [Settings()]),
+    Mutation("a batch in the place of one that is still to be used", "elements.cuh",
+             "from = from == ahead ? 0 : from + 1;", "from = from + 1 == ahead ? 0 : from + 1;",
+             FORWARD, [variant(BLOCK_ROWS, dtype=torch.bfloat16, shape=(3, 30_000))], AssertionError, ""),
     Mutation("a cluster's states overwritten by those of the next row", "row_state.cuh",
              "turn_ ^= 1;", "",
              LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", CLUSTERS_THAT_WALK),

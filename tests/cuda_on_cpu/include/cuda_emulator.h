@@ -41,10 +41,10 @@ extern unsigned lane;
 extern unsigned cluster_rank, cluster_blocks;  // of its block, and of all of its cluster
 constexpr unsigned kMostClusterBlocks = 8;     // that every GPU with clusters allows
 
-// 0: ascending blocks, warps and lanes, each warp as far as it gets. 1: the same descending. Others: random, with this
-// seed.
+// 0: ascending clusters, warps and lanes, the first warp that can go on as far as it gets. 1: the same descending.
+// Others: random, with this seed.
 extern uint64_t order;
-// If not 0, grids are cut to so many blocks, so that kernels whose blocks walk over their work have to.
+// If not 0, grids are cut to so many clusters, so that kernels whose blocks walk over their work have to.
 extern unsigned most_blocks;
 
 void launch(const char* kernel, unsigned cluster, dim3 grid, dim3 block, size_t dynamic_shared,
@@ -56,6 +56,10 @@ uint4* dynamic_shared_memory();
 void* shared_of_rank(void* p, unsigned rank);
 void cluster_arrive();
 void cluster_wait();
+// Copies of 16 bytes are made as late as they may be, as early in order 1, and at either time in random ones.
+void copy_async(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(int groups);
 
 enum class Vote { kNone, kCount, kOr, kAnd };
 int block_barrier(const char* name, Vote vote, int predicate);
@@ -212,6 +216,10 @@ template <typename T>
 T* shared_of_rank(T* p, int rank) {
   return static_cast<T*>(cuda_emulator::shared_of_rank(p, static_cast<unsigned>(rank)));
 }
+inline void copy_async(void* to, const void* from) { cuda_emulator::copy_async(to, from); }
+inline void commit_copies() { cuda_emulator::commit_copies(); }
+inline void wait_for_copies(int groups) { cuda_emulator::wait_for_copies(groups); }
+inline bool copies_are_async(int ahead) { return ahead > 0; }  // as on the device that the plan was made for
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline void store_bytes(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 inline void store_bytes(void* p, const uint2& v) { *static_cast<uint2*>(p) = v; }
