@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(4, 2, 2))
 // in dynamic shared memory; the rest is read again. Preconditions: class stride 1,
 // and whole clusters in the grid. Plan: CudaFamily::kBlockRows of CudaOp::kLogSoftmax.
 template <typename T>
-__global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
+__global__ void __launch_bounds__(256, resident<T>(3, 2, 1))
     log_softmax_forward_block_rows_kernel(LogSoftmaxForward p, int kept, int ahead) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
