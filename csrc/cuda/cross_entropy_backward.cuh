@@ -43,23 +43,28 @@ __global__ void __launch_bounds__(256, kTerms ? 2 : 3)
   }
 }
 
-// Unit of work: kTileThreads neighbouring rows by a block, a thread each, in shared memory. Preconditions: dense rows,
-// of logits and gradient, of at most most_tile_classes. Plan: CudaFamily::kTileRows.
+// Unit of work: kTileThreads neighbouring rows by a block, a thread each, in dynamic shared memory, into which the logits
+// of the `ahead` tiles that it takes next are on their way. Preconditions: dense rows, of logits and gradient, of at most
+// most_tile_classes. Plan: CudaFamily::kTileRows.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, resident<T>(8, 8, 4))
-    cross_entropy_backward_tile_rows_kernel(CrossEntropyBackward p, const void* mass, BadTarget* bad) {
-  SHARED_ARRAY(Vector<T>, tile, kTileThreads * most_tile_classes(sizeof(T)) / Vector<T>::kSize + 1);
+    cross_entropy_backward_tile_rows_kernel(CrossEntropyBackward p, int ahead, const void* mass, BadTarget* bad) {
+  DYNAMIC_SHARED(memory);
   const int classes = static_cast<int>(p.extent.classes);
-  const int64_t rows = p.extent.rows();
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTileThreads; first < rows;
-       first += static_cast<int64_t>(gridDim.x) * kTileThreads) {
+  TileRing<T> ring(memory, classes, ahead);
+  const int64_t rows = p.extent.rows(), step = static_cast<int64_t>(gridDim.x) * kTileThreads;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTileThreads;
+  const T* logits = static_cast<const T*>(p.logits);
+  const int past = elements_past_boundary(logits);
+  const auto elements = [&](int64_t first) {
+    return first < rows ? static_cast<int>(rows - first < kTileThreads ? rows - first : kTileThreads) * classes : 0;
+  };
+  const auto copy = [&](int64_t first) { ring.copy(logits + first * classes, elements(first)); };
+  for (int i = 0; i < ahead; ++i) copy(begin + i * step);
+  for (int64_t first = begin; first < rows; first += step) {
     const int64_t row = first + threadIdx.x;
-    const int n = static_cast<int>(rows - first < kTileThreads ? rows - first : kTileThreads) * classes;
-    const T* logits = static_cast<const T*>(p.logits) + first * classes;
-    const int past = elements_past_boundary(logits);
-    __syncthreads();  // the tile before may still be read
-    load_tile(logits, n, tile);
-    __syncthreads();  // the tile is there
+    const int n = elements(first);
+    Vector<T>* const tile = ring.next([&] { copy(first + ahead * step); });
     if (row < rows) {
       int64_t outer, inner;
       split_row(p.extent, row, outer, inner);

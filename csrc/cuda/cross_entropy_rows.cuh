@@ -59,14 +59,53 @@ __device__ __forceinline__ RowGradient<T> row_gradient(const CrossEntropyForward
   return RowGradient<T>(p.targets, p.extent.classes, outer, inner, y, s.mass, k, s.stats(), coefficients);
 }
 
-// The rows [first, end) of a dense array between device and shared memory, 16 bytes at a time. `tile` lies as far past
-// a 16-byte boundary as the first row does.
+// Tiles of kTileThreads neighbouring rows of a dense array in shared memory, 16 bytes at a time, in a ring of `ahead` + 1
+// slots: while a block works on one, the next ones are on their way. A tile lies as far past a 16-byte boundary in its
+// slot as it does in the array, and as do the others, since they are of whole vectors.
 template <typename T>
-__device__ __forceinline__ void load_tile(const T* rows, int n, Vector<T>* tile) {
-  const int past = elements_past_boundary(rows);
-  for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += blockDim.x)
-    tile[v] = load_vector(rows, v * Vector<T>::kSize - past, n);
-}
+class TileRing {
+ public:
+  __device__ __forceinline__ TileRing(void* memory, int classes, int ahead)
+      : slots_(static_cast<Vector<T>*>(memory)), slot_vectors_(tile_vectors(classes, sizeof(T))), ahead_(ahead) {}
+
+  // The tile of `n` elements at `rows`, into the next slot; none where n is 0.
+  __device__ __forceinline__ void copy(const T* rows, int n) {
+    Vector<T>* const tile = slots_ + to_ * slot_vectors_;
+    const int past = n > 0 ? elements_past_boundary(rows) : 0;
+    for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += blockDim.x) {
+      const int i = v * Vector<T>::kSize - past;
+      if (i >= 0 && i + Vector<T>::kSize <= n) {
+        copy_async(tile + v, rows + i);
+      } else {
+        tile[v] = load_vector(rows, i, n);
+      }
+    }
+    commit_copies();  // of no tile too: groups are counted
+    to_ = to_ == ahead_ ? 0 : to_ + 1;
+  }
+
+  // The next tile copied is the first of others. Behind a barrier: all threads have used up what came before.
+  __device__ __forceinline__ void restart() { from_ = to_; }
+
+  // The oldest tile, for all threads; called by all of them. copy_next() copies the tile that is `ahead` further on.
+  template <typename CopyNext>
+  __device__ __forceinline__ Vector<T>* next(CopyNext copy_next) {
+    if (ahead_ == 0) {
+      __syncthreads();  // the tile before may still be read
+      copy_next();
+    }
+    wait_for_copies(ahead_ > 0 ? ahead_ - 1 : 0);
+    __syncthreads();  // the tile is there, and the one before is used up
+    if (ahead_ > 0) copy_next();
+    Vector<T>* const tile = slots_ + from_ * slot_vectors_;
+    from_ = from_ == ahead_ ? 0 : from_ + 1;
+    return tile;
+  }
+
+ private:
+  Vector<T>* slots_;
+  int slot_vectors_, ahead_, to_ = 0, from_ = 0;
+};
 template <typename T>
 __device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile, int past) {
   const bool aligned = past == elements_past_boundary(rows);
@@ -84,31 +123,40 @@ __device__ __forceinline__ int first_class(int classes, int element_bytes) {
   return classes > 0 && classes * element_bytes % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0;
 }
 
-// Unit of work: kTileThreads neighbouring rows by a block, a thread each, from shared memory. Reads each logit once, 16
-// bytes at a time. Preconditions: dense rows of at most most_tile_classes. Plan: CudaFamily::kTileRows.
+// Unit of work: kTileThreads neighbouring rows by a block, a thread each, from dynamic shared memory, into which the
+// logits of the `ahead` tiles that follow are on their way. Reads each logit once, 16 bytes at a time. Preconditions:
+// dense rows of at most most_tile_classes. Plan: CudaFamily::kTileRows.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, resident<T>(7, 7, 4))
     cross_entropy_tile_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
-                                   int64_t rows_per_chunk, BadTarget* bad) {
+                                   int ahead, int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
-  SHARED_ARRAY(Vector<T>, tile, kTileThreads * most_tile_classes(sizeof(T)) / Vector<T>::kSize + 1);
+  DYNAMIC_SHARED(memory);
   SHARED_ARRAY(double, scratch, 32);
   const int classes = static_cast<int>(p.extent.classes);
+  TileRing<T> ring(memory, classes, ahead);
   const int64_t rows = p.extent.rows(), chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   const bool terms = has_terms(p.targets);
   unsigned done = 0;
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
     const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
+    const T* logits = static_cast<const T*>(p.logits) + begin * classes;
+    const int past = elements_past_boundary(logits);
+    const auto elements = [&](int64_t first) {
+      return first < end ? static_cast<int>(end - first < kTileThreads ? end - first : kTileThreads) * classes : 0;
+    };
+    const auto copy = [&](int64_t first) { ring.copy(logits + (first - begin) * classes, elements(first)); };
+    const auto index_of = [&](int64_t row) { return row < end ? row_index(p, row) : int64_t(0); };
+    int64_t index = index_of(begin + threadIdx.x);
+    ring.restart();
+    for (int i = 0; i < ahead; ++i) copy(begin + i * kTileThreads);
     LossTerms sum;
     for (int64_t first = begin; first < end; first += kTileThreads) {
       const int64_t row = first + threadIdx.x;
-      const int n = static_cast<int>(end - first < kTileThreads ? end - first : kTileThreads) * classes;
-      const T* logits = static_cast<const T*>(p.logits) + first * classes;
-      const int past = elements_past_boundary(logits);
-      const IndexTarget<acc> y = row < end ? row_target<T>(p, row) : IndexTarget<acc>{0, false, false, acc(0)};
-      __syncthreads();  // the tile before may still be read
-      load_tile(logits, n, tile);
-      __syncthreads();  // the tile is there
+      const int n = elements(first);
+      Vector<T>* const tile = ring.next([&] { copy(first + ahead * kTileThreads); });
+      const IndexTarget<acc> y = row < end ? row_target_of<T>(p, index) : IndexTarget<acc>{0, false, false, acc(0)};
+      index = index_of(row + kTileThreads);  // otherwise that row would wait for it
       T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
       const int start = first_class(classes, sizeof(T));
       int64_t outer = 0, inner = 0;

@@ -29,7 +29,10 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
                   block_of(kMassThreads), 0, stream, p.extent, p.targets, per_row, mass);
     }
     if (plan.family == CudaFamily::kTileRows) {
-      CUDA_LAUNCH((cross_entropy_backward_tile_rows_kernel<T>), grid, block, 0, stream, p, read_mass, bad);
+      const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_backward_tile_rows_kernel<T>), shared);
+      CUDA_LAUNCH((cross_entropy_backward_tile_rows_kernel<T>), grid, block, shared, stream, p, plan.ahead, read_mass,
+                  bad);
     } else if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
       CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T, kNeighbours<T>>), grid, block, 0, stream, p,
                   plan.threads_per_row, read_mass, bad);

@@ -53,7 +53,10 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (plan.family == CudaFamily::kTileRows) {
-      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, 0, stream, p, none, r, plan.rows_per_chunk, bad);
+      const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), shared);
+      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, none, r, plan.ahead,
+                  plan.rows_per_chunk, bad);
       return;
     }
     if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
@@ -103,7 +106,10 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
       b.total_weight = r.divisor;
     }
     if (plan.family == CudaFamily::kTileRows) {
-      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, 0, stream, p, b, r, plan.rows_per_chunk, bad);
+      const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), shared);
+      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, b, r, plan.ahead,
+                  plan.rows_per_chunk, bad);
       return;
     }
     with_terms(p.targets, [&](auto terms) {

@@ -152,6 +152,14 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   0,
                   0,
                   "few classes: no exchange between threads"};
+    const int tile_bytes = 16 * tile_vectors(static_cast<int>(classes), p.element_bytes);
+    if (device.async_copies) {
+      plan.ahead = 1;
+      while (plan.ahead < kMostAhead &&
+             kResidentTiles * ((plan.ahead + 2) * tile_bytes + (1 << 10)) <= device.shared_bytes)
+        ++plan.ahead;
+    }
+    plan.shared_bytes = (plan.ahead + 1) * tile_bytes;
     cut(plan, rows);
     return plan;
   }

@@ -47,7 +47,7 @@ struct CudaPlan {
   int splits;           // blocks that share a row, through device memory
   int cluster;          // blocks that share a row, as a thread-block cluster through shared memory
   int shared_bytes;     // dynamic
-  int ahead;            // kBlockRows: batches of loads on their way through shared memory; 0: none
+  int ahead;            // batches (kBlockRows) or tiles (kTileRows) on their way through shared memory; 0: none
   int64_t rows_per_chunk;
   int64_t chunks;  // units of work, each with one partial sum of the loss
   const char* reason;
@@ -65,6 +65,11 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& problem, const CudaDevice& devi
 // kTileRows: the shared memory of a block holds this many rows of so many classes.
 constexpr int kTileThreads = 128, kMostTileClasses = 32;
 NLLX_MEMBER constexpr int most_tile_classes(int element_bytes) { return element_bytes == 8 ? 16 : kMostTileClasses; }
+// …in each of several slots, a tile that begins anywhere between two 16-byte boundaries.
+NLLX_MEMBER constexpr int tile_vectors(int classes, int element_bytes) {
+  return kTileThreads * classes * element_bytes / 16 + 1;
+}
+constexpr int kResidentTiles = 7;  // blocks that are to share a multiprocessor
 // kRegisterRows: 16-byte vectors of a row that a thread holds.
 constexpr int kRegisterThreads = 128;
 NLLX_MEMBER constexpr int register_vectors(int element_bytes) { return element_bytes == 2 ? 4 : 8; }

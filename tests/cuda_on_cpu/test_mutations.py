@@ -54,7 +54,7 @@ MUTATIONS = [
              "__syncthreads();  // the scratch may still be read for the row before", "",
              FORWARD, [variant(BLOCK_ROWS, shape=(5000, 1101))], AssertionError, "", BLOCKS_THAT_WALK),
     Mutation("no barrier before a tile is read", "cross_entropy_rows.cuh",
-             "__syncthreads();  // the tile is there", "",
+             "__syncthreads();  // the tile is there, and the one before is used up", "",
              FORWARD, [TILE_ROWS], AssertionError, "output"),
     Mutation("no barrier before the gradient of a tile is stored", "cross_entropy_rows.cuh",
              "__syncthreads();  // the gradient is there", "",
