@@ -60,7 +60,8 @@ pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, 
   problem.aligned = aligned;
   problem.has_terms = has_terms;
   problem.element_bytes = element_bytes;
-  const nllx::CudaPlan plan = nllx::cuda_plan(found->second, problem, {multiprocessors, shared_bytes, cluster_blocks, async_copies});
+  const nllx::CudaPlan plan =
+      nllx::cuda_plan(found->second, problem, {multiprocessors, shared_bytes, cluster_blocks, async_copies});
   const char* const families[] = {"tile_rows", "register_rows", "block_rows", "planes"};
   pybind11::dict fields;
   fields["family"] = families[static_cast<int>(plan.family)];

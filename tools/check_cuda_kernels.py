@@ -42,7 +42,7 @@ REGISTER_BUDGETS = {
     "cross_entropy_divisor_kernel": 56,
     "cross_entropy_planes_kernel": 208,
     "cross_entropy_register_rows_kernel": 248,
-    "cross_entropy_tile_rows_kernel": 120,
+    "cross_entropy_tile_rows_kernel": 128,
     "cross_entropy_value_and_grad_block_rows_kernel": 216,
     "log_softmax_backward_block_rows_kernel": 104,
     "log_softmax_backward_planes_kernel": 88,

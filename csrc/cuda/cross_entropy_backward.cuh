@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(256, kTerms ? 2 : 3)
   }
 }
 
-// Unit of work: kTileThreads neighbouring rows by a block, a thread each, in dynamic shared memory, into which the logits
-// of the `ahead` tiles that it takes next are on their way. Preconditions: dense rows, of logits and gradient, of at most
-// most_tile_classes. Plan: CudaFamily::kTileRows.
+// Unit of work: kTileThreads neighbouring rows by a block, a thread each, in dynamic shared memory, into which the
+// logits of the `ahead` tiles that it takes next are on their way. Preconditions: dense rows, of logits and gradient,
+// of at most most_tile_classes. Plan: CudaFamily::kTileRows.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, resident<T>(8, 8, 4))
     cross_entropy_backward_tile_rows_kernel(CrossEntropyBackward p, int ahead, const void* mass, BadTarget* bad) {

@@ -8,17 +8,21 @@ namespace nllx {
 // kRows neighbouring elements of one class: one, or 8 bytes of them, which take half of the registers that 16 bytes
 // take and leave the multiprocessor twice the threads.
 template <typename T>
-constexpr int kNeighbours = 8 / static_cast<int>(sizeof(T));
+constexpr int kNeighbours = kPlaneVectorBytes / static_cast<int>(sizeof(T));
 template <typename T, int kRows>
 struct Neighbours {
   using acc = typename AccOf<T>::type;
   Vector<T> bits;  // the first 8 bytes, or one element
+  static __device__ __forceinline__ Neighbours of(const uint2& words) {
+    Neighbours v;
+    v.bits.words[0] = words.x;
+    v.bits.words[1] = words.y;
+    return v;
+  }
   static __device__ __forceinline__ Neighbours load(const T* p) {
     Neighbours v;
     if (kRows > 1) {
-      const uint2 words = *reinterpret_cast<const uint2*>(p);
-      v.bits.words[0] = words.x;
-      v.bits.words[1] = words.y;
+      v = of(*reinterpret_cast<const uint2*>(p));
     } else {
       v.bits.words[0] = v.bits.words[1] = 0;
       v.bits.set_element(0, *p);
@@ -40,12 +44,23 @@ __device__ __forceinline__ void store_neighbours(T* p, Value value) {
   }
 }
 
+// How the loads of kRows > 1 rows run ahead of the arithmetic: `ahead` batches of classes, in a ring of one slot more
+// in shared memory.
+struct PlaneRing {
+  uint2* memory = nullptr;
+  int ahead = 0;
+  __device__ __forceinline__ uint2* first(int slot) const {
+    return memory + slot * (kPlaneClassesAtOnce * kPlaneThreads) + threadIdx.x;
+  }
+};
+
 // The states of kRows neighbouring rows, of the classes `part`, part + parts, ...; several loads of a thread in flight.
 template <typename T, int kRows, bool kTerms>
 __device__ __forceinline__ void states_of_columns(const T* x, int64_t stride, int64_t classes, int part, int parts,
-                                                  const ClassTerms<T>& a, RowState<typename AccOf<T>::type>* states) {
+                                                  const ClassTerms<T>& a, RowState<typename AccOf<T>::type>* states,
+                                                  const PlaneRing& ring = PlaneRing()) {
   using acc = typename AccOf<T>::type;
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = kPlaneClassesAtOnce;
   constexpr int kBatchesPerBlock = 64 / kAtOnce;  // blocks are added first: fewer additions to a large sum
   acc max[kRows], sum[kRows], block[kRows];
   acc dot = 0, mass = 0, block_dot = 0, block_mass = 0;  // kTerms has one row
@@ -100,6 +115,43 @@ __device__ __forceinline__ void states_of_columns(const T* x, int64_t stride, in
   };
   const int64_t step = static_cast<int64_t>(kAtOnce) * parts;
   int64_t c = part;
+  if (kRows > 1 && copies_are_async(ring.ahead)) {  // parts is 1
+    int64_t next = 0;
+    int to = 0, from = 0;
+    const T* source = x;
+    const auto copy = [&] {
+      uint2* const first = ring.first(to);
+      if (next + kAtOnce <= classes) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j, source += stride) copy_async_8(first + j * kPlaneThreads, source);
+      } else if (next < classes) {
+        const int n = static_cast<int>(classes - next);
+#pragma unroll 1
+        for (int j = 0; j < n; ++j, source += stride) copy_async_8(first + j * kPlaneThreads, source);
+      }
+      commit_copies();  // of no class too: groups are counted
+      next += kAtOnce;
+      to = to == ring.ahead ? 0 : to + 1;
+    };
+    for (int i = 0; i < ring.ahead; ++i) copy();
+    for (; c < classes; c += kAtOnce) {
+      wait_for_copies(ring.ahead - 1);  // the oldest group is this batch
+      copy();                           // where the batch before was
+      const uint2* const first = ring.first(from);
+      Neighbours<T, kRows> v[kAtOnce];
+      if (c + kAtOnce <= classes) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) v[j] = Neighbours<T, kRows>::of(first[j * kPlaneThreads]);
+      } else {
+        const int n = static_cast<int>(classes - c);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          v[j] = j < n ? Neighbours<T, kRows>::of(first[j * kPlaneThreads]) : Neighbours<T, kRows>::masked();
+      }
+      from = from == ring.ahead ? 0 : from + 1;
+      add(v, c, kAtOnce);  // the number of classes is for coefficients, of which there are none
+    }
+  }
   for (; c + step - parts < classes; c += step) {
     Neighbours<T, kRows> v[kAtOnce];
 #pragma unroll
@@ -140,14 +192,18 @@ struct PlaneTile {
 };
 
 // Unit of work: a tile of neighbouring rows of one plane, kRows to a thread; a chunk is `tiles_per_chunk` of them.
-// Reads each logit once, neighbouring threads at neighbouring addresses. Preconditions: inner stride 1; for kRows > 1
+// Reads each logit once, neighbouring threads at neighbouring addresses; for kRows > 1 the loads are `ahead` batches of
+// classes ahead of the arithmetic, in dynamic shared memory. Preconditions: inner stride 1; for kRows > 1
 // every class of every plane begins at a 16-byte boundary, kRows divides the plane, and side is the whole block. Plan:
 // CudaFamily::kPlanes.
 template <typename T, int kRows, bool kTerms>
 __global__ void __launch_bounds__(kPlaneThreads, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 3, 1))
-    cross_entropy_planes_kernel(CrossEntropyForward p, LossReduction r, int side, int64_t tiles_per_chunk,
+    cross_entropy_planes_kernel(CrossEntropyForward p, LossReduction r, int side, int ahead, int64_t tiles_per_chunk,
                                 BadTarget* bad) {
   using acc = typename AccOf<T>::type;
+  static_assert(kRows == 1 || !kTerms, "coefficients are for single rows");
+  DYNAMIC_SHARED(memory);
+  const PlaneRing ring{reinterpret_cast<uint2*>(memory), ahead};
   SHARED_ARRAY(RowState<acc>, parts, kRows == 1 ? kPlaneThreads : 1);
   SHARED_ARRAY(double, scratch, 32);
   const PlaneTile where(p.extent, side, kRows);
@@ -167,10 +223,11 @@ __global__ void __launch_bounds__(kPlaneThreads, kTerms ? resident<T>(2, 2, 1) :
 #pragma unroll
       for (int i = 0; i < kRows; ++i) states[i] = RowState<acc>::empty();
       const ClassTerms<T> a(p.targets, p.extent.classes, outer, inner);
+      if (exists && where.part == 0) prefetch_index(p.targets, row);
       // Rows that do not count too: their neighbours' logits come with theirs.
       if (exists)
         states_of_columns<T, kRows, kTerms>(x, p.logits_strides.classes, p.extent.classes, where.part, where.parts, a,
-                                            states);
+                                            states, ring);
       if (kRows == 1 && where.parts > 1) {
         __syncthreads();  // the parts of the tile before may still be read
         parts[threadIdx.x] = states[0];

@@ -59,9 +59,9 @@ __device__ __forceinline__ RowGradient<T> row_gradient(const CrossEntropyForward
   return RowGradient<T>(p.targets, p.extent.classes, outer, inner, y, s.mass, k, s.stats(), coefficients);
 }
 
-// Tiles of kTileThreads neighbouring rows of a dense array in shared memory, 16 bytes at a time, in a ring of `ahead` + 1
-// slots: while a block works on one, the next ones are on their way. A tile lies as far past a 16-byte boundary in its
-// slot as it does in the array, and as do the others, since they are of whole vectors.
+// Tiles of kTileThreads neighbouring rows of a dense array in shared memory, 16 bytes at a time, in a ring of `ahead` +
+// 1 slots: while a block works on one, the next ones are on their way. A tile lies as far past a 16-byte boundary in
+// its slot as it does in the array, and as do the others, since they are of whole vectors.
 template <typename T>
 class TileRing {
  public:
@@ -128,8 +128,8 @@ __device__ __forceinline__ int first_class(int classes, int element_bytes) {
 // dense rows of at most most_tile_classes. Plan: CudaFamily::kTileRows.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, resident<T>(7, 7, 4))
-    cross_entropy_tile_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
-                                   int ahead, int64_t rows_per_chunk, BadTarget* bad) {
+    cross_entropy_tile_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r, int ahead,
+                                   int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   DYNAMIC_SHARED(memory);
   SHARED_ARRAY(double, scratch, 32);
@@ -424,16 +424,17 @@ struct RowPart {
 
 // Unit of work: a row by a block; or a part of one by each of `splits` blocks, the last of which to finish merges them;
 // or by each block of a cluster, whose first one merges them. Reads each logit once, 16 bytes at a time at any
-// alignment, with several loads of a thread in flight: in dynamic shared memory, `ahead` batches ahead of the arithmetic,
-// where reads_ahead(). Preconditions: class stride 1, whole clusters in the grid, and splits of 1 where there are clusters.
-// Plan: CudaFamily::kBlockRows.
+// alignment, with several loads of a thread in flight: in dynamic shared memory, `ahead` batches ahead of the
+// arithmetic, where reads_ahead(). Preconditions: class stride 1, whole clusters in the grid, and splits of 1 where
+// there are clusters. Plan: CudaFamily::kBlockRows.
 template <typename T, bool kTerms>
 __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(kHalfBlocks, kSingleBlocks, 1))
     cross_entropy_block_rows_kernel(CrossEntropyForward p, LossReduction r, int splits, int ahead,
                                     int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   DYNAMIC_SHARED(memory);
-  const Stream<T, kStateVectors<T, kTerms>, reads_ahead(sizeof(T), kTerms)> read{reinterpret_cast<Vector<T>*>(memory), ahead};
+  const Stream<T, kStateVectors<T, kTerms>, reads_ahead(sizeof(T), kTerms)> read{reinterpret_cast<Vector<T>*>(memory),
+                                                                                 ahead};
   SHARED_ARRAY(RowState<acc>, states, 32);
   SHARED_ARRAY(RowState<acc>, slots, 2 * kMostClusterBlocks);
   SHARED_ARRAY(double, scratch, 32);
@@ -491,8 +492,8 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
 
 // Unit of work: a row by a block, or by the blocks of a cluster, each a part, and its gradient. The first `kept`
 // vectors of the part stay in dynamic shared memory; the rest is read again,
-// soon enough that it is in the second-level cache. The loads are `ahead` batches ahead of the arithmetic. Preconditions: class stride 1, and whole clusters in the grid. Plan:
-// CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
+// soon enough that it is in the second-level cache. The loads are `ahead` batches ahead of the arithmetic.
+// Preconditions: class stride 1, and whole clusters in the grid. Plan: CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
 template <typename T, bool kTerms>
 __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 3, 1))
     cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,

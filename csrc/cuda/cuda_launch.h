@@ -103,13 +103,19 @@ __device__ __forceinline__ T* shared_of_rank(T* p, [[maybe_unused]] int rank) {
 #endif
 }
 
-// 16 bytes from device to shared memory, while the thread goes on; from sm_80 on. What a thread has asked for since the
-// last time is a group; it waits until at most `groups` (up to 2) of its groups are on their way. Only this thread may
-// then read what has come, unless there is a barrier. Shared memory that it has read may be written again where what was
-// read has been used.
+// 16 bytes, or 8, from device to shared memory, while the thread goes on; from sm_80 on. What a thread has asked for
+// since the last time is a group; it waits until at most `groups` (up to 2) of its groups are on their way. Only this
+// thread may then read what has come, unless there is a barrier. Shared memory that it has read may be written again
+// where what was read has been used.
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
                :
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
                : "memory");
@@ -129,10 +135,18 @@ __device__ __forceinline__ bool copies_are_async(int) { return true; }
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
+__device__ __forceinline__ void copy_async_8(void* to, const void* from) {
+  *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+}
 __device__ __forceinline__ void commit_copies() {}
 __device__ __forceinline__ void wait_for_copies(int) {}
 __device__ __forceinline__ bool copies_are_async(int) { return false; }
 #endif
+
+// Brings what will soon be read into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(p)));
+}
 
 // 2^x as the hardware gives it: 2^-22.5 off at the most, zero for what would be denormal.
 __device__ __forceinline__ float exp2_approximate(float x) {

@@ -305,34 +305,47 @@ struct Share {
         step(width * Vector<T>::kSize) {}
 };
 
+// What thread `t` takes of a row's single elements, loaded before all else, since the end of a row would wait for them.
+template <typename T>
+struct SingleElements {
+  int64_t last;
+  T of_head, of_end;
+  __device__ __forceinline__ SingleElements(const T* row, int64_t classes, const RowVectors<T>& part, int t)
+      : last(part.tail + t),
+        of_head(t < part.head ? row[t] : minus_infinity_of<T>()),
+        of_end(last < classes ? row[last] : minus_infinity_of<T>()) {}
+  template <typename One>
+  __device__ __forceinline__ void use(const T* row, int64_t classes, const RowVectors<T>& part, int t, int threads,
+                                      One one) const {
+    if (t < part.head) one(int64_t(t), of_head);
+    if (last < classes) one(last, of_end);
+    // Fewer threads than a vector has elements.
+    for (int64_t c = t + threads; c < part.head; c += threads) one(c, row[c]);
+    for (int64_t c = last + threads; c < classes; c += threads) one(c, row[c]);
+  }
+};
+
 // Calls batch(c, step, tail, vectors) for the vectors that thread `t` takes, kCount at a time: those at c, c + step,
-// ... that begin before `tail`; and one(c, x) for its single elements, which are loaded before all else, since the end
-// of a row would wait for them.
+// ... that begin before `tail`; and one(c, x) for its single elements.
 template <typename T, int kCount, typename One, typename Many>
 __device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, int width, One one,
                                             Many many) {
   const RowVectors<T> part(row, classes);
   const Share<T, kCount> share(part, t, threads, width);
-  const int64_t last = part.tail + t;
-  const T none = minus_infinity_of<T>(), of_head = t < part.head ? row[t] : none,
-          of_end = last < classes ? row[last] : none;
+  const SingleElements<T> singles(row, classes, part, t);
   int64_t c = share.first;
   Batch<T, kCount> now;
   for (; c < part.tail; c += share.next) {
     now.load(row, c, share.step, part.tail);
     many(c, share.step, part.tail, now.vectors);
   }
-  if (t < part.head) one(int64_t(t), of_head);
-  if (last < classes) one(last, of_end);
-  // Fewer threads than a vector has elements.
-  for (c = t + threads; c < part.head; c += threads) one(c, row[c]);
-  for (c = last + threads; c < classes; c += threads) one(c, row[c]);
+  singles.use(row, classes, part, t, threads, one);
 }
 
-// Where the vectors of a row are in shared memory: those that a warp takes at once lie side by side, kCount * 32 of them,
-// and each is read by the thread that has put it there. first(slot, c) is the first vector of a thread's batch, of the
-// classes from c on, and the next ones are 32 vectors further on each. A ring has room for a few batches of a block, one
-// in each slot:
+// Where the vectors of a row are in shared memory: those that a warp takes at once lie side by side, kCount * 32 of
+// them, and each is read by the thread that has put it there. first(slot, c) is the first vector of a thread's batch,
+// of the classes from c on, and the next ones are 32 vectors further on each. A ring has room for a few batches of a
+// block, one in each slot:
 template <typename T, int kCount>
 struct RingPlace {
   Vector<T>* of_thread;
@@ -373,8 +386,7 @@ __device__ __forceinline__ void load_batch(const Place& place, int slot, const T
     for (int j = 0; j < kCount; ++j) vectors[j] = first[j * 32];
   } else {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      vectors[j] = c + j * kStep < tail ? first[j * 32] : Vector<T>::minus_infinities();
+    for (int j = 0; j < kCount; ++j) vectors[j] = c + j * kStep < tail ? first[j * 32] : Vector<T>::minus_infinities();
   }
 }
 
@@ -386,9 +398,7 @@ __device__ __forceinline__ void for_classes_ahead(const T* row, int64_t classes,
   constexpr int kStep = 32 * Vector<T>::kSize;
   const RowVectors<T> part(row, classes);
   const Share<T, kCount> share(part, t, threads, 32);
-  const int64_t last = part.tail + t;
-  const T none = minus_infinity_of<T>(), of_head = t < part.head ? row[t] : none,
-          of_end = last < classes ? row[last] : none;
+  const SingleElements<T> singles(row, classes, part, t);
   int64_t next = share.first;
   int to = 0, from = 0;
   const auto copy = [&] {
@@ -417,14 +427,11 @@ __device__ __forceinline__ void for_classes_ahead(const T* row, int64_t classes,
     from = from == ahead ? 0 : from + 1;
     many(c, kStep, part.tail, now);
   }
-  if (t < part.head) one(int64_t(t), of_head);
-  if (last < classes) one(last, of_end);
-  for (int64_t c = t + threads; c < part.head; c += threads) one(c, row[c]);
-  for (int64_t c = last + threads; c < classes; c += threads) one(c, row[c]);
+  singles.use(row, classes, part, t, threads, one);
 }
 
-// How the threads of a block read a row, for_classes or for_classes_ahead: through a ring of `ahead` + 1 slots in shared
-// memory, where kAhead, or not.
+// How the threads of a block read a row, for_classes or for_classes_ahead: through a ring of `ahead` + 1 slots in
+// shared memory, where kAhead, or not.
 template <typename T, int kCount, bool kAhead>
 struct Stream {
   Vector<T>* memory;

@@ -60,14 +60,16 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
       return;
     }
     if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
-      CUDA_LAUNCH((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), grid, block, 0, stream, p, r,
-                  plan.threads_per_row, plan.rows_per_chunk, bad);
+      const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), shared);
+      CUDA_LAUNCH((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), grid, block, shared, stream, p, r,
+                  plan.threads_per_row, plan.ahead, plan.rows_per_chunk, bad);
       return;
     }
     with_terms(p.targets, [&](auto terms) {
       constexpr bool kTerms = decltype(terms)::value;
       if (plan.family == CudaFamily::kPlanes) {
-        CUDA_LAUNCH((cross_entropy_planes_kernel<T, 1, kTerms>), grid, block, 0, stream, p, r, plan.threads_per_row,
+        CUDA_LAUNCH((cross_entropy_planes_kernel<T, 1, kTerms>), grid, block, 0, stream, p, r, plan.threads_per_row, 0,
                     plan.rows_per_chunk, bad);
       } else if (plan.family == CudaFamily::kRegisterRows) {
         CUDA_LAUNCH((cross_entropy_register_rows_kernel<T, kTerms, false>), grid, block, 0, stream, p, none, r,
@@ -121,8 +123,7 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
         const auto shared = static_cast<size_t>(plan.shared_bytes);
         ALLOW_SHARED((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), shared);
         CUDA_LAUNCH_CLUSTERS((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), plan.cluster, grid, block,
-                             shared, stream, p, b, r, plan.shared_bytes / 16, plan.ahead, plan.rows_per_chunk,
-                             bad);
+                             shared, stream, p, b, r, plan.shared_bytes / 16, plan.ahead, plan.rows_per_chunk, bad);
       }
     });
   });

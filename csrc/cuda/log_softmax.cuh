@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
     const int64_t classes = mine.end - mine.begin;
     const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer +
                  inner * p.grad_output_strides.inner + mine.begin;
-    const T* y = static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner +
-                 mine.begin;
+    const T* y =
+        static_cast<const T*>(p.output) + outer * p.output_strides.outer + inner * p.output_strides.inner + mine.begin;
     T* grad = static_cast<T*>(p.grad_input) + outer * p.grad_input_strides.outer + inner * p.grad_input_strides.inner +
               mine.begin;
     const int past = elements_past_boundary(g);

@@ -52,27 +52,29 @@ int splits_of_row(const CudaProblem& p, int64_t vectors, int threads, const Cuda
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted / rows, most), 1, kMostSplits));
 }
 
-// Of a block of the forward, in its ring of shared memory.
-int batch_bytes(const CudaProblem& p, int threads) { return threads * state_vectors(p.element_bytes, p.has_terms) * 16; }
-
-// How many batches of a block's loads are on their way while it works on one: two, if three blocks with as much share a
-// multiprocessor; at the least one, for two blocks.
-int batches_ahead(const CudaProblem& p, int threads, const CudaDevice& device) {
-  if (!device.async_copies || !reads_ahead(p.element_bytes, p.has_terms)) return 0;
+// How many batches of a block's loads, of so many bytes, are on their way while it works on one: two, if three blocks
+// with as much share a multiprocessor; at the least one, for two blocks.
+int batches_ahead(int bytes, const CudaDevice& device) {
+  if (!device.async_copies) return 0;
   const auto fits = [&](int ahead, int blocks) {
-    return (ahead + 1) * batch_bytes(p, threads) <= device.shared_bytes / blocks - kReservedBytes;
+    return (ahead + 1) * bytes <= device.shared_bytes / blocks - kReservedBytes;
   };
   return fits(2, kResidentBlocks) ? 2 : fits(1, kResidentBlocks - 1) ? 1 : 0;
 }
 
 CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
   CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 1, 0, 0, 0, 0, ""};
-  const int vector = 8 / p.element_bytes;
+  const int vector = kPlaneVectorBytes / p.element_bytes;
   const int64_t threads = static_cast<int64_t>(device.multiprocessors) * 512;
   // With coefficients the state of a row takes twice the registers: a row per thread.
   if (vector > 1 && p.aligned && !p.has_terms && op != CudaOp::kLogSoftmax && p.extent.rows() / vector >= threads) {
     plan.vector_elements = vector;
     plan.reason = "wide planes: 8-byte loads of neighbouring rows fill the chip";
+    if (op == CudaOp::kForward || op == CudaOp::kValueAndGrad) {
+      const int batch = kPlaneThreads * kPlaneClassesAtOnce * kPlaneVectorBytes;
+      plan.ahead = batches_ahead(batch, device);
+      if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch;
+    }
   } else {
     plan.reason = "a thread per row";
     // Small planes: fewer threads side by side, the others take a part of the classes each.
@@ -220,13 +222,17 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
       plan.splits = splits;
       plan.reason = "few long rows: several blocks for each";
     }
-    plan.ahead = batches_ahead(p, plan.threads, device);
-    if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch_bytes(p, plan.threads);
+    if (reads_ahead(p.element_bytes, p.has_terms)) {
+      const int batch = plan.threads * state_vectors(p.element_bytes, p.has_terms) * 16;
+      plan.ahead = batches_ahead(batch, device);
+      if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch;
+    }
   } else {
     // In whole batches of a warp, forward and backward.
     const int64_t granule =
         32 * 16 * (op == CudaOp::kLogSoftmax ? kVectorsAtOnce : state_vectors(p.element_bytes, p.has_terms));
-    const int64_t most = std::max<int64_t>(0, device.shared_bytes / kResidentBlocks - kReservedBytes) / granule * granule;
+    const int64_t most =
+        std::max<int64_t>(0, device.shared_bytes / kResidentBlocks - kReservedBytes) / granule * granule;
     const auto bytes = [&](int blocks) {
       return divide_up(divide_up(classes, blocks) * p.element_bytes, granule) * granule;
     };
@@ -244,7 +250,8 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
       // so is a kernel of few blocks.
       plan.shared_bytes = plan.ahead = 0;
       plan.cluster = 1;
-      plan.reason = splits > 1 && !clustered ? "few long rows: forward, then backward" : "the row does not fit: forward, then backward";
+      plan.reason = splits > 1 && !clustered ? "few long rows: forward, then backward"
+                                             : "the row does not fit: forward, then backward";
     }
   }
   cut(plan, rows);

@@ -47,7 +47,7 @@ struct CudaPlan {
   int splits;           // blocks that share a row, through device memory
   int cluster;          // blocks that share a row, as a thread-block cluster through shared memory
   int shared_bytes;     // dynamic
-  int ahead;            // batches (kBlockRows) or tiles (kTileRows) on their way through shared memory; 0: none
+  int ahead;            // batches of loads, or tiles (kTileRows), on their way through shared memory; 0: none
   int64_t rows_per_chunk;
   int64_t chunks;  // units of work, each with one partial sum of the loss
   const char* reason;
@@ -77,6 +77,7 @@ NLLX_MEMBER constexpr int register_vectors(int element_bytes) { return element_b
 constexpr int kVectorsAtOnce = 4;
 // kPlanes: threads of a block.
 constexpr int kPlaneThreads = 256;
+constexpr int kPlaneVectorBytes = 8, kPlaneClassesAtOnce = 8;  // of a load, and loads of a thread in flight
 // …fewer where each class has a coefficient.
 NLLX_MEMBER constexpr int state_vectors(int element_bytes, bool has_terms) {
   return has_terms || element_bytes == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;

@@ -25,7 +25,8 @@ CudaDevice current_cuda_device() {
   // Asked once, since it takes microseconds. 0: not yet.
   static std::vector<std::atomic<int>> cluster_blocks(static_cast<size_t>(c10::cuda::device_count()));
   std::atomic<int>& known = cluster_blocks[static_cast<size_t>(device)];
-  if (known.load(std::memory_order_relaxed) == 0) known.store(most_cluster_blocks(properties), std::memory_order_relaxed);
+  if (known.load(std::memory_order_relaxed) == 0)
+    known.store(most_cluster_blocks(properties), std::memory_order_relaxed);
   properties.cluster_blocks = known.load(std::memory_order_relaxed);
   return properties;
 }

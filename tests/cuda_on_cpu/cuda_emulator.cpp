@@ -56,8 +56,10 @@ struct Fiber {
   bool arrived = false;    // at the cluster's barrier, and has not waited there since
   uint64_t phase = 0;      // that the cluster's barrier then had
   struct Copy {
-    uint4* to;
-    const uint4* from;
+    void* to;
+    const void* from;
+    size_t bytes;
+    void make() const { std::memcpy(to, from, bytes); }
   };
   std::vector<Copy> open;                // since the last commit
   std::deque<std::vector<Copy>> groups;  // on their way, the oldest first
@@ -79,7 +81,7 @@ jmp_buf scheduler;
 // The cluster that runs.
 void (*body)(const void*);
 const void* arguments;
-unsigned threads;         // of a block
+unsigned threads;          // of a block
 unsigned cluster_arrived;  // threads at its barrier
 uint64_t cluster_phase;    // how often the barrier has opened
 
@@ -217,8 +219,7 @@ void describe_deadlock() {
   error = "deadlock in block " + std::to_string(fibers[0].block.x) + (cluster_blocks > 1 ? " and its cluster:" : ":");
   for (const auto& [what, which] : waiting) {
     error += " " + std::to_string(which.size()) + " threads " + what + " (thread " +
-             std::to_string(which.front()->thread) + " of block " + std::to_string(which.front()->block.x) +
-             " first);";
+             std::to_string(which.front()->thread) + " of block " + std::to_string(which.front()->block.x) + " first);";
   }
   error.pop_back();
 }
@@ -233,6 +234,16 @@ void clear_shared() {
     char* const of_block = dynamic_memory + b * kDynamicStride;
     std::memset(of_block, 0xff, dynamic_bytes + 64);
     ASAN_POISON_MEMORY_REGION(of_block + dynamic_bytes, kDynamicStride - dynamic_bytes);
+  }
+}
+
+// The address sanitizer sees what is read there, too, and further on.
+void check_dynamic_shared() {
+  ASAN_UNPOISON_MEMORY_REGION(dynamic_memory, sizeof(dynamic_memory));
+  for (unsigned b = 0; b < cluster_blocks; ++b) {
+    const char* const behind = dynamic_memory + b * kDynamicStride + dynamic_bytes;
+    if (std::any_of(behind, behind + 64, [](char c) { return c != '\xff'; }))
+      error = "dynamic shared memory was written behind its end";
   }
 }
 
@@ -268,11 +279,11 @@ bool run_cluster(unsigned first) {
     ran = false;
     if (order > 1) arrange(warps);
     for (const unsigned warp : warps) {
-      // In the fixed orders a warp, and with it a block, runs before all that come after it whenever it can.
-      if (order <= 1 && ran) break;
+      // In the fixed orders a warp, and with it a block, runs before all that come after it whenever it can; in random
+      // ones any warp comes next, so that others may be left far behind.
+      if (ran) break;
       const unsigned rank = warp / warps_of_block, of_block = warp % warps_of_block;
-      // A warp goes on as far as it can, where it shows that it did not wait for the others; at random, only half of
-      // it.
+      // A warp goes on as far as it can, where it shows that it did not wait for the others; at random, a part of it.
       for (bool again = true; again && error.empty();) {
         again = false;
         if (order > 1) arrange(lanes);
@@ -282,12 +293,13 @@ bool run_cluster(unsigned first) {
           resume(fibers[rank * threads + i]);
           ran = again = true;
         }
-        if (order > 1 && random_bits() % 2) break;
+        if (order > 1 && random_bits() % 16 == 0) break;
       }
     }
   }
   const auto done = [](const Fiber& fiber) { return fiber.state == Fiber::State::kDone; };
   if (error.empty() && !std::all_of(fibers, fibers + all, done)) describe_deadlock();
+  if (error.empty()) check_dynamic_shared();
   if (error.empty()) return true;
   for (unsigned i = 0; i < all; ++i) fibers[i].has_context = false;  // they stand inside a kernel
   return false;
@@ -348,12 +360,12 @@ void cluster_wait() {
   current->arrived = false;
 }
 
-void copy_async(void* to, const void* from) {
-  const Fiber::Copy copy{static_cast<uint4*>(to), static_cast<const uint4*>(from)};
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+void copy_async(void* to, const void* from, size_t bytes) {
+  const Fiber::Copy copy{to, from, bytes};
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
     fail("copy_async: an address that is not aligned");
   if (order == 1 || (order > 1 && random_bits() % 2)) {
-    *copy.to = *copy.from;
+    copy.make();
   } else {
     current->open.push_back(copy);
   }
@@ -364,7 +376,7 @@ void commit_copies() { current->groups.push_back(std::exchange(current->open, {}
 void wait_for_copies(int groups) {
   if (groups < 0 || groups > 2) fail("wait_for_copies: no such number of groups");
   while (current->groups.size() > static_cast<size_t>(groups)) {
-    for (const Fiber::Copy& copy : current->groups.front()) *copy.to = *copy.from;
+    for (const Fiber::Copy& copy : current->groups.front()) copy.make();
     current->groups.pop_front();
   }
 }
@@ -380,8 +392,10 @@ int block_barrier(const char* name, Vote vote, int predicate) {
   }
   block.at_barrier = 0;
   const int all = static_cast<int>(threads), votes = block.votes;
-  block.vote_result =
-      vote == Vote::kCount ? votes : vote == Vote::kOr ? votes > 0 : vote == Vote::kAnd ? votes == all : 0;
+  block.vote_result = vote == Vote::kCount ? votes
+                      : vote == Vote::kOr  ? votes > 0
+                      : vote == Vote::kAnd ? votes == all
+                                           : 0;
   for (unsigned i = 0; i < threads; ++i) fibers[current->rank * threads + i].state = Fiber::State::kReady;
   return block.vote_result;
 }
@@ -423,9 +437,8 @@ uint64_t warp_collective(const char* name, Collective kind, unsigned mask, uint6
 
 void launch(const char* kernel, unsigned cluster, dim3 grid, dim3 block, size_t dynamic_shared,
             void (*kernel_body)(const void*), const void* kernel_arguments) {
-  launch_log +=
-      std::string(kernel) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x * block.y * block.z) + "\t" +
-      std::to_string(cluster) + "\n";
+  launch_log += std::string(kernel) + "\t" + std::to_string(grid.x) + "\t" +
+                std::to_string(block.x * block.y * block.z) + "\t" + std::to_string(cluster) + "\n";
   const auto within = [](const dim3& d, unsigned x, unsigned y, unsigned z) {
     return d.x >= 1 && d.x <= x && d.y >= 1 && d.y <= y && d.z >= 1 && d.z <= z;
   };

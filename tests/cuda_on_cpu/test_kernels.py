@@ -30,6 +30,8 @@ from memory import Memory, address
 CASES = select(lambda case: case.shape != () and case.numel > 0)
 
 TURING = CudaDevice(40, 64 << 10, async_copies=False)
+# Of so few multiprocessors that rows are not split: each thread has many loads, two batches or one ahead.
+SMALL_GPUS = CudaDevice(1, 227 << 10), CudaDevice(1, 99 << 10)
 # Few blocks, so that they walk over rows and reuse their shared memory.
 SETTINGS = [
     Settings(order=DESCENDING, most_blocks=1),
@@ -43,7 +45,8 @@ def test_value(case: Case, kernels: Kernels) -> None:
     problem = build(case)
     check(case, run(kernels, problem))
     if case.classes > 512:
-        check(case, run(kernels, problem, Settings(device=TURING)))
+        for device in (TURING, *SMALL_GPUS):
+            check(case, run(kernels, problem, Settings(device=device)))
 
 
 REDUCED = [case for case in CASES if case.op == "cross_entropy" and case.reduction != "none"]
@@ -278,13 +281,15 @@ def test_planes_in_vectors(dtype: torch.dtype, reduction: str, kernels: Kernels)
         layout = "transposed" if len(shape) == 2 else "contiguous"
         case = Case("", "", shape, dtype=dtype, reduction=reduction, weight="positive", ignored="some", layout=layout)
         case = variant(case)
+        problem = build(case)
         kernels.launched.clear()
-        expected = run(kernels, build(case), Settings(device=SMALL))
+        expected = run(kernels, problem, Settings(device=SMALL))
         assert [launch.kernel for launch in kernels.launched] == [PLANE_VECTORS, PLANE_VECTORS_BACKWARD]
         check(case, expected)
-        for order in (DESCENDING, RANDOM):
-            settings = Settings(device=SMALL, order=order, most_blocks=1)
-            check_same(run(kernels, build(case), settings), expected, f"the order of the blocks: {settings}")
+        for device in (SMALL, CudaDevice(2, 227 << 10), CudaDevice(2, 99 << 10)):  # no batch ahead, two, one
+            for order in (DESCENDING, RANDOM):
+                settings = Settings(device=device, order=order, most_blocks=1)
+                check_same(run(kernels, problem, settings), expected, f"order, device: {settings}")
 
 
 @pytest.mark.parametrize("dtype", INDEX_TYPES, ids=str)

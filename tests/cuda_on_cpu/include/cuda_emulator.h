@@ -56,8 +56,8 @@ uint4* dynamic_shared_memory();
 void* shared_of_rank(void* p, unsigned rank);
 void cluster_arrive();
 void cluster_wait();
-// Copies of 16 bytes are made as late as they may be, as early in order 1, and at either time in random ones.
-void copy_async(void* to, const void* from);
+// Copies of 16 or 8 bytes are made as late as they may be, as early in order 1, and at either time in random ones.
+void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups);
 
@@ -106,7 +106,7 @@ void launch_kernel(const char* name, Kernel kernel, int cluster, dim3 grid, dim3
 
 }  // namespace cuda_emulator
 
-#define CUDA_LAUNCH_CLUSTERS(kernel, cluster, grid, block, smem, stream, ...)                                     \
+#define CUDA_LAUNCH_CLUSTERS(kernel, cluster, grid, block, smem, stream, ...) \
   cuda_emulator::launch_kernel(#kernel, [](auto... a) { kernel(a...); }, cluster, grid, block, smem, ##__VA_ARGS__)
 #define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) \
   CUDA_LAUNCH_CLUSTERS(kernel, 1, grid, block, smem, stream, ##__VA_ARGS__)
@@ -216,10 +216,12 @@ template <typename T>
 T* shared_of_rank(T* p, int rank) {
   return static_cast<T*>(cuda_emulator::shared_of_rank(p, static_cast<unsigned>(rank)));
 }
-inline void copy_async(void* to, const void* from) { cuda_emulator::copy_async(to, from); }
+inline void copy_async(void* to, const void* from) { cuda_emulator::copy_async(to, from, 16); }
+inline void copy_async_8(void* to, const void* from) { cuda_emulator::copy_async(to, from, 8); }
 inline void commit_copies() { cuda_emulator::commit_copies(); }
 inline void wait_for_copies(int groups) { cuda_emulator::wait_for_copies(groups); }
 inline bool copies_are_async(int ahead) { return ahead > 0; }  // as on the device that the plan was made for
+inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline void store_bytes(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 inline void store_bytes(void* p, const uint2& v) { *static_cast<uint2*>(p) = v; }
