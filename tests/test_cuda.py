@@ -27,10 +27,12 @@ _KINDS = [
     Case("rows", "", (64, 1000), ignored="some", weight="positive", label_smoothing=0.1),
     Case("rows_none", "", (64, 1000), reduction="none"),
     Case("wide_rows", "", (8, 50257), dtype=torch.bfloat16, ignored="some"),
+    Case("cluster_rows", "", (64, 50257), dtype=torch.bfloat16, ignored="some"),
     Case("planes", "", (4, 21, 33, 35), ignored="some", weight="positive"),
     Case("probabilities", "", (64, 1000), target="probabilities"),
     Case("nll_loss", "", (64, 1000), op="nll_loss", weight="positive"),
     Case("log_softmax", "", (64, 1000), op="log_softmax"),
+    Case("log_softmax_clusters", "", (16, 128256), op="log_softmax"),
 ]
 _kinds = pytest.mark.parametrize("case", _KINDS, ids=str)
 
@@ -71,6 +73,31 @@ def test_target_out_of_range(op: str, shape: tuple[int, ...], value: int) -> Non
     assert (gradient[3] == 0).all()
     assert torch.equal(gradient[:3], expected[:3])
     assert torch.equal(gradient[4], expected[4])
+
+
+# Larger than the table of cases: rows, tiles and planes of which a block has many, or a cluster one.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "shape", [(64, 50257), (300, 40001), (300, 130_000), (40, 262_144), (700_000, 10), (8, 21, 512, 512)], ids=str
+)
+def test_large_problems(shape: tuple[int, ...], smoothing: float, dtype: torch.dtype) -> None:
+    """Loss and gradient by both ways against torch in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, device="cuda", generator=generator).mul_(3).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda", generator=generator)
+    target.view(-1)[::7] = -100
+    options = {"reduction": "sum", "label_smoothing": smoothing}
+    exact = x.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, target, **options)
+    expected.backward()
+    loss = nllx.functional.cross_entropy(x, target, **options)
+    loss.backward()
+    in_place = x.detach().clone()
+    value, _ = nllx.functional.cross_entropy_value_and_grad(in_place, target, out=in_place, **options)
+    for got, gradient in ((loss, x.grad), (value, in_place)):
+        assert_close(got.detach().double(), expected.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert_close(gradient.double(), exact.grad, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
 
 
 def test_errors_at_once() -> None:

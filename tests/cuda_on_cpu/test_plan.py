@@ -22,8 +22,8 @@ from emulator import (
 )
 
 # Multiprocessors, the shared memory that a block may ask for, and the most blocks of a cluster: T4 (sm_75), A100 (80), RTX
-# 3090 (86), L4 (89), H100 (90), B200 (100), RTX 5090 (120). Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability".
+# 3090 (86), L4 (89), H100 (90), B200 (100), RTX 5090 (120). Source: CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability".
 DEVICES = {
     "sm_75": CudaDevice(40, 64 << 10, async_copies=False),
     "sm_80": CudaDevice(108, 163 << 10),
