@@ -11,11 +11,19 @@
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 // The dynamic shared memory of the launch, 16-byte aligned.
 #define DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
-// Shared memory beyond 48 KiB has to be asked for.
-#define ALLOW_SHARED(kernel, bytes) \
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))
+// Before a launch with so much dynamic shared memory.
+#define ALLOW_SHARED(kernel, bytes) nllx::allow_shared(kernel, bytes)
 
 namespace nllx {
+// More than 48 KiB, static and dynamic, have to be asked for. Of the static there are less than 8.
+template <typename... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+  constexpr size_t kFree = 40 << 10;
+  if (bytes <= kFree) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  // What is read goes to shared memory: as many blocks as fit there are worth more than a first-level cache.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
                      cudaStream_t stream, const Arguments&... arguments) {
