@@ -181,6 +181,21 @@ def test_many_streams_at_once(case: Case) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_threads_with_other_numbers_of_classes() -> None:
+    """What a kernel may use of the chip is set for the process: a thread's launch may not take it from another's."""
+    torch.cuda.synchronize()
+
+    def train(classes: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x = torch.randn(300, classes, device="cuda", dtype=torch.bfloat16)
+            target = torch.randint(classes, (300,), device="cuda")
+            results = [nllx.functional.cross_entropy_value_and_grad(x, target) for _ in range(200)]
+            return all(torch.equal(a, b) for got in results for a, b in zip(got, results[0], strict=True))
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(train, [2500, 32000, 10, 32, 50257, 9000]))
+
+
 def test_backward_in_another_stream() -> None:
     """Autograd runs the backward in the stream of its forward, and the caller's stream waits for it."""
     problem = build(_KINDS[0], "cuda")

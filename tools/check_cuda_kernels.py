@@ -40,11 +40,11 @@ REGISTER_BUDGETS = {
     "cross_entropy_backward_tile_rows_kernel": 56,
     "cross_entropy_block_rows_kernel": 200,
     "cross_entropy_divisor_kernel": 56,
-    "cross_entropy_planes_kernel": 208,
+    "cross_entropy_planes_kernel": 216,
     "cross_entropy_register_rows_kernel": 248,
     "cross_entropy_tile_rows_kernel": 128,
     "cross_entropy_value_and_grad_block_rows_kernel": 216,
-    "log_softmax_backward_block_rows_kernel": 104,
+    "log_softmax_backward_block_rows_kernel": 152,
     "log_softmax_backward_planes_kernel": 88,
     "log_softmax_backward_register_rows_kernel": 168,
     "log_softmax_forward_block_rows_kernel": 128,
@@ -72,12 +72,20 @@ VECTORS = {
     "log_softmax_forward_register_rows_kernel": (True, True),
     "nll_loss_backward_kernel": (False, True),
 }
-# Long rows, or their parts, go through shared memory ahead of the arithmetic, and clusters exchange states.
-IN_SHARED_MEMORY = {
+# What goes through shared memory ahead of the arithmetic, by the part of its mangled name that says so (not float32 without
+# coefficients, and of planes those in vectors), and which blocks exchange the states of their parts in clusters.
+CLUSTERS = {
     "cross_entropy_block_rows_kernel",
     "cross_entropy_value_and_grad_block_rows_kernel",
     "log_softmax_backward_block_rows_kernel",
     "log_softmax_forward_block_rows_kernel",
+}
+ASYNCHRONOUS = {
+    **dict.fromkeys(CLUSTERS, ""),
+    "cross_entropy_block_rows_kernel": "kernelI(?!fLb0E)",
+    "cross_entropy_planes_kernel": "Li[24]E",
+    "cross_entropy_tile_rows_kernel": "",
+    "cross_entropy_backward_tile_rows_kernel": "",
 }
 # Static shared memory of a block: two blocks of the largest fit the 64 KB of the smallest multiprocessor.
 SHARED_BUDGET = 17 << 10
@@ -196,12 +204,12 @@ def without_vectors(machine_code: str, architecture: str) -> list[str]:
         for wanted, what, opcode in zip(VECTORS.get(name, ()), ("load", "store"), ("LDG(STS)?", "STG"), strict=False):
             if wanted and not re.search(rf"\b{opcode}\.E(\.\w+)*\.128\b", function):
                 found.append(f"{name} ({mangled}) has no 16-byte {what} on sm_{architecture}")
-        if name not in IN_SHARED_MEMORY:
+        if name not in ASYNCHRONOUS:
             continue
-        streams = name == "cross_entropy_block_rows_kernel" and "IfLb0E" in mangled  # float32 without coefficients
+        streams = re.search(ASYNCHRONOUS[name], mangled) is not None
         for wanted, what, opcode in (
-            (int(architecture) >= 80 and not streams, "asynchronous 16-byte copy", r"LDGSTS\.E(\.\w+)*\.128"),
-            (int(architecture) >= 90, "barrier of a cluster", "UCGABAR_ARV"),
+            (int(architecture) >= 80 and streams, "asynchronous copy", r"LDGSTS\.E(\.\w+)*\.(64|128)"),
+            (int(architecture) >= 90 and name in CLUSTERS, "barrier of a cluster", "UCGABAR_ARV"),
         ):
             if wanted != bool(re.search(rf"\b{opcode}\b", function)):
                 found.append(f"{name} ({mangled}) has {'no' if wanted else 'an'} {what} on sm_{architecture}")

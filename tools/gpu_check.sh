@@ -16,11 +16,13 @@ export PYTHONUNBUFFERED=1
 
 stages=" ${*:-build tests sanitizers benchmarks} "
 
-# Every kernel family on small shapes, forward and backward and both at once; a sanitizer slows a kernel down a hundredfold.
+# Every kernel family on small shapes, forward and backward and both at once, and what only large ones have: rows of a
+# cluster, many tiles, wide planes; a sanitizer slows a kernel down a hundredfold.
 families="unaligned_bfloat16 or rows_float32_cross_entropy_50257 or rows_bfloat16_cross_entropy_33 or rows_bfloat16_log_softmax_33"
 families+=" or blocks_3x17001 or blocks_2x200x7 or blocks_probabilities_3x9001 or few_classes_513x17 or tiles_513 or image or volume"
-sanitized=(tests/test_values.py tests/test_inplace.py -q -p no:cacheprovider
-    -k "cuda and (no_less_accurate or test_value_and_grad) and ($families)")
+large="test_large_problems and bfloat16 and (50257 or 700000 or 512)"
+sanitized=(tests/test_values.py tests/test_inplace.py tests/test_cuda.py -q -p no:cacheprovider
+    -k "(cuda and (no_less_accurate or test_value_and_grad) and ($families)) or ($large)")
 
 device=$("$python" -c '
 import torch

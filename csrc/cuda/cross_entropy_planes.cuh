@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kTerms ? resident<T>(2, 2, 1) :
   DYNAMIC_SHARED(memory);
   const PlaneRing ring{reinterpret_cast<uint2*>(memory), ahead};
   SHARED_ARRAY(RowState<acc>, parts, kRows == 1 ? kPlaneThreads : 1);
-  SHARED_ARRAY(double, scratch, 32);
+  SHARED_ARRAY(double, scratch, kPlaneThreads / 32);  // so little that three blocks share 100 KB
   const PlaneTile where(p.extent, side, kRows);
   const int64_t chunks = (where.tiles + tiles_per_chunk - 1) / tiles_per_chunk;
   unsigned done = 0;

@@ -537,8 +537,12 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       if (first_block && threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
       const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, kTerms);
       const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
-      for_kept(part, read, y.counts, x, [&](int64_t c, const Vector<T>& values) {
-        store_whole_vector(grad + c, gradient(values, mine.begin + c), aligned);
+      for_kept(part, read, y.counts, x, [&](int64_t c, int64_t tail, const Vector<T>* vectors) {
+#pragma unroll
+        for (int j = 0; j < kStateVectors<T, kTerms>; ++j) {
+          const int64_t at = c + j * 32 * kSize;
+          if (at < tail) store_whole_vector(grad + at, gradient(vectors[j], mine.begin + at), aligned);
+        }
       });
       const auto single = [&](int64_t c) { grad[c] = from_acc<T>(gradient(to_acc(x[c]), mine.begin + c)); };
       const int threads = blockDim.x;

@@ -11,16 +11,16 @@
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 // The dynamic shared memory of the launch, 16-byte aligned.
 #define DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
-// Before a launch with so much dynamic shared memory.
-#define ALLOW_SHARED(kernel, bytes) nllx::allow_shared(kernel, bytes)
+// Before a launch with so much dynamic shared memory, of which launches of the kernel never have more than `most`.
+#define ALLOW_SHARED(kernel, bytes, most) nllx::allow_shared(kernel, bytes, most)
 
 namespace nllx {
-// More than 48 KiB, static and dynamic, have to be asked for. Of the static there are less than 8.
+// More than 48 KiB, static and dynamic, have to be asked for; of the static there are less than 3. The limit is one for
+// all threads of the process, so that it is set to `most` always and never to what one launch needs.
 template <typename... Parameters>
-void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
-  constexpr size_t kFree = 40 << 10;
-  if (bytes <= kFree) return;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+void allow_shared(void (*kernel)(Parameters...), int bytes, int most) {
+  if (bytes <= (45 << 10)) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   // What is read goes to shared memory: as many blocks as fit there are worth more than a first-level cache.
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }

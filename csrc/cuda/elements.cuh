@@ -475,21 +475,23 @@ struct Keep {
   }
 };
 
-// Calls each(c, vector) for the vectors of a row that Keep gave to this thread of the block, those that it kept from
-// shared memory, if `any`.
+// Calls each(c, tail, vectors) for the batches of a row that Keep gave to this thread of the block, with those that it
+// kept from shared memory: the vectors at c, c + 32 * kSize, ... that begin before `tail`. Unless `any`, nothing is
+// read, and they may be anything.
 template <typename T, int kCount, typename Each>
 __device__ __forceinline__ void for_kept(const RowVectors<T>& part, const Keep<T, kCount>& keep, bool any, const T* row,
                                          Each each) {
-  constexpr int kStep = 32 * Vector<T>::kSize;
   const Share<T, kCount> share(part, threadIdx.x, blockDim.x, 32);
-  KeptPlace<T, kCount> place = keep.place(part);
-  if (!any) place.end = 0;
+  const KeptPlace<T, kCount> place = keep.place(part);
   for (int64_t c = share.first; c < part.tail; c += share.next) {
     Vector<T> values[kCount];
-    load_batch<T, kCount>(place, 0, row, c, part.tail, values);
+    if (any) {
+      load_batch<T, kCount>(place, 0, row, c, part.tail, values);
+    } else {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (c + j * kStep < part.tail) each(c + j * kStep, values[j]);
+      for (int j = 0; j < kCount; ++j) values[j] = Vector<T>::minus_infinities();
+    }
+    each(c, part.tail, values);
   }
 }
 

@@ -54,14 +54,14 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
     using T = typename decltype(tag)::type;
     if (plan.family == CudaFamily::kTileRows) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
-      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), shared);
       CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, none, r, plan.ahead,
                   plan.rows_per_chunk, bad);
       return;
     }
     if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
-      ALLOW_SHARED((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), shared);
+      ALLOW_SHARED((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), plan.shared_bytes,
+                   most_shared_bytes(device));
       CUDA_LAUNCH((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), grid, block, shared, stream, p, r,
                   plan.threads_per_row, plan.ahead, plan.rows_per_chunk, bad);
       return;
@@ -76,7 +76,7 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
                     plan.threads_per_row, plan.rows_per_chunk, bad);
       } else {
         const auto shared = static_cast<size_t>(plan.shared_bytes);
-        ALLOW_SHARED((cross_entropy_block_rows_kernel<T, kTerms>), shared);
+        ALLOW_SHARED((cross_entropy_block_rows_kernel<T, kTerms>), plan.shared_bytes, most_shared_bytes(device));
         CUDA_LAUNCH_CLUSTERS((cross_entropy_block_rows_kernel<T, kTerms>), plan.cluster, grid, block, shared, stream, p,
                              r, plan.splits, plan.ahead, plan.rows_per_chunk, bad);
       }
@@ -109,7 +109,6 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
     }
     if (plan.family == CudaFamily::kTileRows) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
-      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), shared);
       CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, b, r, plan.ahead,
                   plan.rows_per_chunk, bad);
       return;
@@ -121,7 +120,8 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
                     plan.threads_per_row, plan.rows_per_chunk, bad);
       } else {
         const auto shared = static_cast<size_t>(plan.shared_bytes);
-        ALLOW_SHARED((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), shared);
+        ALLOW_SHARED((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), plan.shared_bytes,
+                     most_shared_bytes(device));
         CUDA_LAUNCH_CLUSTERS((cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>), plan.cluster, grid, block,
                              shared, stream, p, b, r, plan.shared_bytes / 16, plan.ahead, plan.rows_per_chunk, bad);
       }

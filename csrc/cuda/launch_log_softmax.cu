@@ -28,7 +28,7 @@ cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType typ
     } else if (plan.family == CudaFamily::kRegisterRows) {
       CUDA_LAUNCH((log_softmax_forward_register_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row);
     } else {
-      ALLOW_SHARED((log_softmax_forward_block_rows_kernel<T>), shared);
+      ALLOW_SHARED((log_softmax_forward_block_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
       CUDA_LAUNCH_CLUSTERS((log_softmax_forward_block_rows_kernel<T>), plan.cluster, grid, block, shared, stream, p,
                            plan.shared_bytes / 16, plan.ahead);
     }
@@ -49,7 +49,7 @@ cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType t
     } else if (plan.family == CudaFamily::kRegisterRows) {
       CUDA_LAUNCH((log_softmax_backward_register_rows_kernel<T>), grid, block, 0, stream, p, plan.threads_per_row);
     } else {
-      ALLOW_SHARED((log_softmax_backward_block_rows_kernel<T>), shared);
+      ALLOW_SHARED((log_softmax_backward_block_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
       CUDA_LAUNCH_CLUSTERS((log_softmax_backward_block_rows_kernel<T>), plan.cluster, grid, block, shared, stream, p,
                            plan.shared_bytes / 16, plan.ahead);
     }

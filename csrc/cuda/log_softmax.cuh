@@ -148,9 +148,13 @@ __global__ void __launch_bounds__(256, resident<T>(3, 2, 1))
     if (cluster.blocks > 1) s = merge_parts(cluster.exchange(s), cluster.blocks);
     const RowStats<acc> stats = s.stats();
     const auto output = [&](T value) { return from_acc<T>((to_acc(value) - stats.max) - stats.log_sum); };
-    for_kept(part, read, true, x, [&](int64_t c, const Vector<T>& values) {
-      const Vector<T> out = Vector<T>::of([&](int i) { return (values[i] - stats.max) - stats.log_sum; });
-      store_whole_vector(y + c, out, aligned);
+    for_kept(part, read, true, x, [&](int64_t c, int64_t tail, const Vector<T>* vectors) {
+#pragma unroll
+      for (int j = 0; j < kStateVectors<T, false>; ++j) {
+        const int64_t at = c + j * 32 * kSize;
+        const Vector<T> out = Vector<T>::of([&](int i) { return (vectors[j][i] - stats.max) - stats.log_sum; });
+        if (at < tail) store_whole_vector(y + at, out, aligned);
+      }
     });
     for (int64_t c = threadIdx.x; c < part.head; c += threads) y[c] = output(x[c]);
     for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads) y[c] = output(x[c]);
@@ -163,7 +167,8 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize;
   DYNAMIC_SHARED(memory);
-  const Keep<T, kVectorsAtOnce / 2> read{reinterpret_cast<Vector<T>*>(memory), kept, ahead};
+  constexpr int kCount = kVectorsAtOnce;
+  const Keep<T, kCount> read{reinterpret_cast<Vector<T>*>(memory), kept, ahead};
   SHARED_ARRAY(acc, scratch, 32);
   SHARED_ARRAY(acc, slots, 2 * kMostClusterBlocks);
   ClusterParts<acc> cluster(slots);
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
         [&](int64_t, T element) { sum += to_acc(element); },
         [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
-          for (int j = 0; j < kVectorsAtOnce / 2; ++j) {
+          for (int j = 0; j < kCount; ++j) {
             if (c + j * step >= tail) continue;
             acc part = 0;
 #pragma unroll
@@ -203,16 +208,27 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
       for (int i = 1; i < cluster.blocks; ++i) sum += sums[i];
     }
     const auto gradient = [&](T g, T y) { return from_acc<T>(to_acc(g) - exp_of_many(to_acc(y)) * sum); };
-    for_kept(part, read, true, g, [&](int64_t c, const Vector<T>& gs) {
-      Vector<T> ys;
+    for_kept(part, read, true, g, [&](int64_t c, int64_t tail, const Vector<T>* gs) {
+      Vector<T> ys[kCount];  // all loads before the first store
       if (together) {
-        ys = Vector<T>::load(y + c);
+        Batch<T, kCount> batch;
+        batch.load(y, c, 32 * kSize, tail);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) ys[j] = batch.vectors[j];
       } else {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) ys.set_element(i, y[c + i]);
+        for (int j = 0; j < kCount; ++j) {
+          const int64_t at = c + j * 32 * kSize;
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) ys[j].set_element(i, at < tail ? y[at + i] : minus_infinity_of<T>());
+        }
       }
-      const Vector<T> out = Vector<T>::of([&](int i) { return gs[i] - exp_of_many(ys[i]) * sum; });
-      store_whole_vector(grad + c, out, aligned);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const int64_t at = c + j * 32 * kSize;
+        const Vector<T> out = Vector<T>::of([&](int i) { return gs[j][i] - exp_of_many(ys[j][i]) * sum; });
+        if (at < tail) store_whole_vector(grad + at, out, aligned);
+      }
     });
     for (int64_t c = threadIdx.x; c < part.head; c += threads) grad[c] = gradient(g[c], y[c]);
     for (int64_t c = part.tail + threadIdx.x; c < classes; c += threads) grad[c] = gradient(g[c], y[c]);

@@ -9,6 +9,14 @@ namespace {
 // The partial sums of the loss are added by the last block to finish: so few that this costs no time.
 constexpr int64_t kMostChunks = 4096;
 
+// Where a row goes through shared memory, several blocks of 256 threads share a multiprocessor's: one loads while
+// another works. As many as the registers allow, so that none of it is left over.
+int resident_blocks(int element_bytes, bool has_terms) {
+  if (has_terms) return element_bytes == 8 ? 1 : 2;
+  return element_bytes == 8 ? 2 : 3;
+}
+constexpr int kBlockThreads = 256;  // and of the streaming backward
+
 // Long rows: enough threads that each has several loads, and blocks so small that three or more share a multiprocessor:
 // some load while others reduce.
 struct BlockRow {
@@ -18,15 +26,8 @@ struct BlockRow {
 };
 constexpr BlockRow kBlockRows[] = {
     {1024, 128, "two batches of four vectors a thread, and many rows at once on a multiprocessor"},
-    {INT64_MAX, 256, "a long row: the reduction at its end is short beside it"},
+    {INT64_MAX, kBlockThreads, "a long row: the reduction at its end is short beside it"},
 };
-
-// Where the row stays on the chip for the gradient, several blocks share a multiprocessor's memory: one loads while
-// another writes.
-constexpr int kResidentBlocks = 3;
-constexpr int kReservedBytes = 3 << 10;  // static shared memory of the kernels, and the system's
-
-constexpr int kStreamingThreads = 256;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,14 +53,12 @@ int splits_of_row(const CudaProblem& p, int64_t vectors, int threads, const Cuda
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted / rows, most), 1, kMostSplits));
 }
 
-// How many batches of a block's loads, of so many bytes, are on their way while it works on one: two, if three blocks
-// with as much share a multiprocessor; at the least one, for two blocks.
-int batches_ahead(int bytes, const CudaDevice& device) {
+// How many batches of a block's loads, of so many bytes, are on their way while it works on one: two, if `resident`
+// blocks with as much share a multiprocessor; otherwise one; and no more than it has to load beside the first.
+int batches_ahead(int bytes, int64_t batches, int resident, const CudaDevice& device) {
   if (!device.async_copies) return 0;
-  const auto fits = [&](int ahead, int blocks) {
-    return (ahead + 1) * bytes <= device.shared_bytes / blocks - kReservedBytes;
-  };
-  return fits(2, kResidentBlocks) ? 2 : fits(1, kResidentBlocks - 1) ? 1 : 0;
+  const bool two = 3 * bytes <= device.shared_bytes / resident - kReservedSharedBytes;
+  return two && batches > 2 ? 2 : 1;
 }
 
 CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
@@ -72,7 +71,7 @@ CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
     plan.reason = "wide planes: 8-byte loads of neighbouring rows fill the chip";
     if (op == CudaOp::kForward || op == CudaOp::kValueAndGrad) {
       const int batch = kPlaneThreads * kPlaneClassesAtOnce * kPlaneVectorBytes;
-      plan.ahead = batches_ahead(batch, device);
+      plan.ahead = batches_ahead(batch, divide_up(p.extent.classes, kPlaneClassesAtOnce), 3, device);
       if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch;
     }
   } else {
@@ -154,26 +153,26 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   0,
                   0,
                   "few classes: no exchange between threads"};
-    const int tile_bytes = 16 * tile_vectors(static_cast<int>(classes), p.element_bytes);
-    if (device.async_copies) {
-      plan.ahead = 1;
-      while (plan.ahead < kMostAhead &&
-             kResidentTiles * ((plan.ahead + 2) * tile_bytes + (1 << 10)) <= device.shared_bytes)
-        ++plan.ahead;
-    }
-    plan.shared_bytes = (plan.ahead + 1) * tile_bytes;
     cut(plan, rows);
+    // No more than the tiles that a block has, beside the first.
+    const int tile_bytes = 16 * tile_vectors(static_cast<int>(classes), p.element_bytes);
+    const int64_t more = std::min<int64_t>(plan.rows_per_chunk / kTileThreads - 1, kMostAhead);
+    const auto fits = [&](int ahead) {
+      return kResidentTiles * ((ahead + 1) * tile_bytes + (1 << 10)) <= device.shared_bytes;
+    };
+    while (device.async_copies && plan.ahead < more && fits(plan.ahead + 1)) ++plan.ahead;
+    plan.shared_bytes = (plan.ahead + 1) * tile_bytes;
     return plan;
   }
   const int64_t vectors = divide_up(classes, vector) + !p.aligned;
   const int held = register_vectors(p.element_bytes);
   if (op == CudaOp::kBackward) {
     // No reduction: a thread takes four vectors at a time.
-    const int64_t per_row = std::min<int64_t>(power_of_two_from(divide_up(vectors, kVectorsAtOnce)), kStreamingThreads);
+    const int64_t per_row = std::min<int64_t>(power_of_two_from(divide_up(vectors, kVectorsAtOnce)), kBlockThreads);
     CudaPlan plan{CudaFamily::kBlockRows,
-                  kStreamingThreads,
+                  kBlockThreads,
                   static_cast<int>(per_row),
-                  static_cast<int>(kStreamingThreads / per_row),
+                  static_cast<int>(kBlockThreads / per_row),
                   vector,
                   1,
                   1,
@@ -182,7 +181,7 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
                   0,
                   0,
                   "streams: four vectors a thread at a time"};
-    if (per_row == kStreamingThreads) plan.splits = splits_of_row(p, vectors, kStreamingThreads, device);
+    if (per_row == kBlockThreads) plan.splits = splits_of_row(p, vectors, kBlockThreads, device);
     plan.rows_per_chunk = plan.rows_at_once;
     plan.chunks = divide_up(std::max<int64_t>(rows, 1), plan.rows_at_once);
     return plan;
@@ -223,16 +222,18 @@ CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
       plan.reason = "few long rows: several blocks for each";
     }
     if (reads_ahead(p.element_bytes, p.has_terms)) {
-      const int batch = plan.threads * state_vectors(p.element_bytes, p.has_terms) * 16;
-      plan.ahead = batches_ahead(batch, device);
+      const int at_once = plan.threads * state_vectors(p.element_bytes, p.has_terms), batch = at_once * 16;
+      const int resident = resident_blocks(p.element_bytes, p.has_terms) * (kBlockThreads / plan.threads);
+      plan.ahead = batches_ahead(batch, divide_up(vectors, plan.splits * plan.cluster * at_once), resident, device);
       if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch;
     }
   } else {
     // In whole batches of a warp, forward and backward.
     const int64_t granule =
         32 * 16 * (op == CudaOp::kLogSoftmax ? kVectorsAtOnce : state_vectors(p.element_bytes, p.has_terms));
+    const int resident = resident_blocks(p.element_bytes, p.has_terms);
     const int64_t most =
-        std::max<int64_t>(0, device.shared_bytes / kResidentBlocks - kReservedBytes) / granule * granule;
+        std::max<int64_t>(0, device.shared_bytes / resident - kReservedSharedBytes) / granule * granule;
     const auto bytes = [&](int blocks) {
       return divide_up(divide_up(classes, blocks) * p.element_bytes, granule) * granule;
     };

@@ -54,6 +54,10 @@ struct CudaPlan {
   constexpr int64_t blocks() const { return chunks * splits * cluster; }
 };
 
+// Of dynamic shared memory in any plan: what is left beside the static, and the system's.
+constexpr int kReservedSharedBytes = 3 << 10;
+constexpr int most_shared_bytes(const CudaDevice& device) { return device.shared_bytes - kReservedSharedBytes; }
+
 // What a plan needs to know of a problem. `gradient`: of value_and_grad, otherwise null.
 CudaProblem cuda_problem(const CrossEntropyForward& p, const CrossEntropyBackward* gradient, FloatType type);
 CudaProblem cuda_problem(const CrossEntropyBackward& p, FloatType type);
@@ -69,7 +73,7 @@ NLLX_MEMBER constexpr int most_tile_classes(int element_bytes) { return element_
 NLLX_MEMBER constexpr int tile_vectors(int classes, int element_bytes) {
   return kTileThreads * classes * element_bytes / 16 + 1;
 }
-constexpr int kResidentTiles = 7;  // blocks that are to share a multiprocessor
+constexpr int kResidentTiles = 6;  // blocks that are to share a multiprocessor
 // kRegisterRows: 16-byte vectors of a row that a thread holds.
 constexpr int kRegisterThreads = 128;
 NLLX_MEMBER constexpr int register_vectors(int element_bytes) { return element_bytes == 2 ? 4 : 8; }

@@ -360,6 +360,10 @@ void cluster_wait() {
   current->arrived = false;
 }
 
+void check_shared(int bytes, int most) {
+  if (bytes > most) error = "more dynamic shared memory than is asked for";
+}
+
 void copy_async(void* to, const void* from, size_t bytes) {
   const Fiber::Copy copy{to, from, bytes};
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)

@@ -56,6 +56,8 @@ uint4* dynamic_shared_memory();
 void* shared_of_rank(void* p, unsigned rank);
 void cluster_arrive();
 void cluster_wait();
+// The next launch fails if it has more dynamic shared memory than the kernel may ever have.
+void check_shared(int bytes, int most);
 // Copies of 16 or 8 bytes are made as late as they may be, as early in order 1, and at either time in random ones.
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
@@ -115,7 +117,7 @@ void launch_kernel(const char* name, Kernel kernel, int cluster, dim3 grid, dim3
   T(&name)[n] = name##_storage.blocks[cuda_emulator::cluster_rank].values
 
 #define DYNAMIC_SHARED(name) uint4* const name = cuda_emulator::dynamic_shared_memory()
-#define ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
+#define ALLOW_SHARED(kernel, bytes, most) cuda_emulator::check_shared(bytes, most)
 
 #define threadIdx (cuda_emulator::thread_index)
 #define blockIdx (cuda_emulator::block_index)
