@@ -106,6 +106,7 @@ class TileRing {
   Vector<T>* slots_;
   int slot_vectors_, ahead_, to_ = 0, from_ = 0;
 };
+// The reverse, from a tile that lies `past` a boundary.
 template <typename T>
 __device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile, int past) {
   const bool aligned = past == elements_past_boundary(rows);
@@ -491,9 +492,9 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
 }
 
 // Unit of work: a row by a block, or by the blocks of a cluster, each a part, and its gradient. The first `kept`
-// vectors of the part stay in dynamic shared memory; the rest is read again,
-// soon enough that it is in the second-level cache. The loads are `ahead` batches ahead of the arithmetic.
-// Preconditions: class stride 1, and whole clusters in the grid. Plan: CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
+// vectors of the part stay in dynamic shared memory; the rest is read again, soon enough that it is in the second-level
+// cache. The loads run ahead of the arithmetic. Preconditions: class stride 1, and whole clusters in the grid. Plan:
+// CudaFamily::kBlockRows of CudaOp::kValueAndGrad.
 template <typename T, bool kTerms>
 __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<T>(3, 3, 1))
     cross_entropy_value_and_grad_block_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r,
