@@ -36,7 +36,7 @@ test: build
 
 integrations: build
 	@$(setup) dev integrations
-	@export NLLX_REQUIRE_INTEGRATIONS=1 && $(run) -m pytest tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
+	@export NLLX_REQUIRE_INTEGRATIONS=1 && $(run) -m pytest -m 'not mutations' tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
 
 torture: build
 	@export NLLX_TORTURE=long && $(run) -m pytest tests/torture -s $(ARGS)

@@ -284,6 +284,38 @@ def test_reading_machine_code(monkeypatch: pytest.MonkeyPatch, check: ModuleType
     assert check.without_vectors(MACHINE_CODE, "90") == ["row_kernel (_Z10row_kernelPf) has no 16-byte store on sm_90"]
 
 
+RESOURCES = """
+Fatbin elf code:
+================
+arch = sm_75
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN4nllx10row_kernelIfEEvPf:
+  REG:40 STACK:0 SHARED:272 LOCAL:0 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_120
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN4nllx10row_kernelIfEEvPf:
+  REG:48 STACK:16 SHARED:1296 LOCAL:8 CONSTANT[0]:664 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_reading_resources(check: ModuleType) -> None:
+    assert check.parse_resources(RESOURCES) == [
+        check.Usage(kernel="row_kernel", architecture="75", registers=40, spilled=0, shared=272),
+        check.Usage(kernel="row_kernel", architecture="120", registers=48, spilled=24, shared=272),
+    ]
+
+
 def test_reading_ptxas(monkeypatch: pytest.MonkeyPatch, check: ModuleType) -> None:
     usages = check.parse_ptxas(PTXAS_OUTPUT, "90")
     assert usages == [

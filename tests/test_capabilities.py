@@ -22,6 +22,7 @@ def _python(capability: str, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_capability(capability: str) -> None:
     if capability == _C.cpu_capability():

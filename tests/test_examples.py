@@ -17,6 +17,7 @@ _EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.nam
 _LIBRARIES = {"hugging_face": "transformers"}  # installed by `make examples` and `make integrations`
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", _EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
     library = _LIBRARIES.get(path.stem)

@@ -6,6 +6,7 @@ where it should have them. Needs nvcc, cuobjdump and the headers of any
 build of torch; no GPU, no CUDA build of torch.
 
     python tools/check_cuda_kernels.py          # the table, exit status 1 on a failure
+    python tools/check_cuda_kernels.py --objects build/temp*/csrc/cuda   # of a CUDA build, and compiles nothing
     python tools/check_cuda_kernels.py --host   # compiles csrc's C++ sources instead, as a CUDA build would
 """
 
@@ -149,6 +150,28 @@ def parse_ptxas(output: str, architecture: str) -> list[Usage]:
     return usages
 
 
+def by_architecture(output: str) -> dict[str, str]:
+    """What cuobjdump prints of an object, by the architecture of the code."""
+    parts = re.split(r"^arch = sm_(\d+)$", output, flags=re.MULTILINE)[1:]
+    found: dict[str, str] = defaultdict(str)
+    for architecture, text in zip(parts[::2], parts[1::2], strict=True):
+        found[architecture] += text  # of one there may be machine code and PTX
+    return found
+
+
+def parse_resources(output: str) -> list[Usage]:
+    """The usage of every kernel in the output of `cuobjdump -res-usage`. Without spills no kernel has a stack."""
+    pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    usages = []
+    for architecture, text in by_architecture(output).items():
+        # From sm_90 on what the system takes of a block's shared memory is counted there.
+        system = 1024 if int(architecture) >= 90 else 0
+        for mangled, registers, stack, shared, local in re.findall(pattern, text):
+            spilled = int(stack) + int(local)
+            usages.append(Usage(kernel_name(mangled), architecture, int(registers), spilled, int(shared) - system))
+    return usages
+
+
 def kernel_name(mangled: str) -> str:
     """The plain name in an Itanium-mangled one: the last of its leading length-prefixed names.
 
@@ -216,6 +239,21 @@ def without_vectors(machine_code: str, architecture: str) -> list[str]:
     return found
 
 
+def check_object(cuobjdump: str, object_file: Path) -> tuple[list[Usage], list[str]]:
+    """The usage of the kernels of an object for all architectures, and what is wrong with their machine code."""
+    command = [cuobjdump, "-res-usage", str(object_file)]
+    usages = parse_resources(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    machine_code = by_architecture(disassemble(cuobjdump, object_file))
+    found = []
+    for architecture in ARCHITECTURES:
+        code = machine_code.get(architecture, "")
+        kernels, functions = sum(usage.architecture == architecture for usage in usages), code.count("Function : ")
+        if not kernels or functions != kernels:
+            found.append(f"{object_file.name} has {kernels} kernels for sm_{architecture}, {functions} in machine code")
+        found += without_vectors(code, architecture)
+    return usages, found
+
+
 def print_table(usages: list[Usage]) -> None:
     by_kernel = defaultdict(list)
     for usage in usages:
@@ -250,6 +288,7 @@ def compile_host(nvcc: str, folder: str, pool: ThreadPoolExecutor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--host", action="store_true", help="compile csrc's C++ sources instead, as a CUDA build would")
+    parser.add_argument("--objects", type=Path, help="check the objects in this folder, and compile nothing")
     arguments = parser.parse_args()
     nvcc, start = find_nvcc(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -275,8 +314,12 @@ def main() -> None:
                 found.append(f"{source.name} has {len(usages)} kernels, {functions} of them in its machine code")
             return usages, found
 
-        jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-        checked = list(pool.map(check, *zip(*jobs, strict=True)))
+        if arguments.objects:
+            objects = [arguments.objects / f"{source.stem}.o" for source in sources]
+            checked = list(pool.map(check_object, [cuobjdump] * len(objects), objects))
+        else:
+            jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+            checked = list(pool.map(check, *zip(*jobs, strict=True)))
 
     usages = [usage for found, _ in checked for usage in found]
     print_table(usages)

@@ -8,6 +8,7 @@
 #            none of it installed, the sources are compiled against the headers of the CPU build of torch, and not linked
 #   integrations  after build, there: other libraries' models train with nllx's losses (tests/integrations)
 #   kernels  registers, spills and 16-byte accesses of every kernel in its machine code for every architecture
+#   built-kernels  the same, after build, of what that has compiled
 #   on-cpu   the kernels' logic on the CPU
 #
 # Run after `make build`, whose environment it takes. Where there is no nvcc, it comes as wheels into build/nvcc.
@@ -101,6 +102,17 @@ run_kernels() {
     python tools/check_cuda_kernels.py
 }
 
+run_built_kernels() {
+    local objects
+    objects=$(find "$tree/build" -path '*/temp*/csrc/cuda' -type d 2>/dev/null | head -n 1)
+    if [ -z "$objects" ]; then
+        run_kernels
+        return
+    fi
+    find_cuobjdump
+    python tools/check_cuda_kernels.py --objects "$objects"
+}
+
 # With the address sanitizer, whose runtime has to be there first, and C++'s library with it, as torch throws through it.
 # Without it the planted mistakes, for which each kernel is compiled anew, and the other orders of threads and chunks of
 # many tiles, which access memory like the others.
@@ -117,13 +129,14 @@ run_on_cpu() {
 }
 
 find_nvcc
-[ $# -gt 0 ] || { echo "cuda_check.sh: name a stage: build, integrations, kernels, on-cpu" >&2 && exit 2; }
+[ $# -gt 0 ] || { echo "cuda_check.sh: name a stage: build, integrations, kernels, built-kernels, on-cpu" >&2 && exit 2; }
 for stage in "$@"; do
     case $stage in
     build) run_build ;;
     integrations) run_integrations ;;
     kernels) run_kernels ;;
+    built-kernels) run_built_kernels ;;
     on-cpu) run_on_cpu ;;
-    *) echo "cuda_check.sh: no stage '$stage' (build, integrations, kernels, on-cpu)" >&2 && exit 2 ;;
+    *) echo "cuda_check.sh: no stage '$stage' (build, integrations, kernels, built-kernels, on-cpu)" >&2 && exit 2 ;;
     esac
 done

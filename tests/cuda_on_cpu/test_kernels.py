@@ -71,6 +71,7 @@ def test_gradient_over_the_logits(case: Case, kernels: Kernels) -> None:
 
 
 # Of the problems with ten thousands of rows nothing is learnt that those with thousands do not show.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.rows <= 10_000], ids=str)
 def test_same_in_every_order_and_on_every_grid(case: Case, kernels: Kernels) -> None:
     problem = build(case)
@@ -193,6 +194,7 @@ def test_split_rows(dtype: torch.dtype, smoothing: float, kernels: Kernels) -> N
 
 
 # More rows than chunks of one tile: the tiles of a chunk follow each other through a ring of shared memory.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "shift", "rows"), [(torch.float32, 0, 530_000), (torch.bfloat16, 3, 1_600_000)], ids=str
 )
