@@ -5,11 +5,14 @@ What is built lies in ``build/cuda_on_cpu`` under a hash of its sources, so that
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -68,44 +71,58 @@ def _hash(parts: Iterable[bytes | str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _object(source: Path, folders: Sequence[Path], *options: str) -> Path:
+@dataclasses.dataclass(frozen=True)
+class _Object:
     """The object of a source, whose headers are those of folders; options: of the compiler, beside COMPILE."""
-    headers = sorted(path for folder in folders for path in [*folder.rglob("*.h"), *folder.rglob("*.cuh")])
-    parts = [_identity(), *options, source.name, source.read_bytes()]
-    for header in headers:
-        parts += [header.name, header.read_bytes()]
-    made = CACHE / "objects" / f"{source.stem}-{_hash(parts)}.o"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        partial = made.with_suffix(f".{os.getpid()}")
-        # torch's headers define the half types, which nvcc brings along.
-        system = ["-isystem", Path(torch.__file__).parent / "include"]
-        includes = [flag for folder in folders for flag in ("-I", folder)]
-        _run(
-            [
-                str(compiler()),
-                *COMPILE,
-                *options,
-                *SANITIZE,
-                *includes,
-                *system,
-                "-x",
-                "c++",
-                "-c",
-                source,
-                "-o",
-                partial,
-            ]
-        )
-        partial.rename(made)
-    return made
+
+    source: Path
+    folders: tuple[Path, ...]
+    options: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def path(self) -> Path:
+        headers = sorted(path for folder in self.folders for path in [*folder.rglob("*.h"), *folder.rglob("*.cuh")])
+        parts = [_identity(), *self.options, self.source.name, self.source.read_bytes()]
+        for header in headers:
+            parts += [header.name, header.read_bytes()]
+        return CACHE / "objects" / f"{self.source.stem}-{_hash(parts)}.o"
+
+    def make(self) -> bool:
+        """Whether the object is there, compiled now if need be, and not if another process is at it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if not self.path.exists():
+                partial = self.path.with_suffix(f".{os.getpid()}")
+                # torch's headers define the half types, which nvcc brings along.
+                system = ["-isystem", Path(torch.__file__).parent / "include"]
+                includes = [flag for folder in self.folders for flag in ("-I", folder)]
+                how = [*COMPILE, *self.options, *SANITIZE, *includes, *system]
+                _run([str(compiler()), *how, "-x", "c++", "-c", self.source, "-o", partial])
+                partial.rename(self.path)
+            return True
+
+
+def _make(objects: Sequence[_Object]) -> list[Path]:
+    """The files of the objects; processes that want the same ones share the work."""
+    missing = [made for made in objects if not made.path.exists()]
+    while missing:
+        left = [made for made in missing if not made.make()]
+        if len(left) == len(missing):
+            time.sleep(0.2)
+        missing = left
+    return [made.path for made in objects]
 
 
 def library(sources: Iterable[tuple[Path, Path]]) -> Path:
     """A shared library of the emulator and of sources, each with the folder csrc whose headers it includes."""
-    objects = [_object(HERE / "cuda_emulator.cpp", [INCLUDE])]
+    wanted = [_Object(HERE / "cuda_emulator.cpp", (INCLUDE,))]
     # Changed sources run a few small cases: half the time to compile is worth more than how long those take.
-    objects += [_object(source, [INCLUDE, csrc], *([] if csrc == CSRC else ["-O0"])) for source, csrc in sources]
+    wanted += [_Object(source, (INCLUDE, csrc), () if csrc == CSRC else ("-O0",)) for source, csrc in sources]
+    objects = _make(wanted)
     made = CACHE / f"{_hash(path.name for path in objects)}.so"
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}")
