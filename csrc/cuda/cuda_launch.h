@@ -4,6 +4,8 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
+#include "plan.h"
+
 #define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
 // Every `cluster` blocks that follow each other are a thread-block cluster.
 #define CUDA_LAUNCH_CLUSTERS(kernel, cluster, grid, block, smem, stream, ...) \
@@ -24,10 +26,10 @@ void allow_shared(void (*kernel)(Parameters...), int bytes, int most) {
   // What is read goes to shared memory: as many blocks as fit there are worth more than a first-level cache.
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
-template <typename... Parameters, typename... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
-                     cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
+// `attribute` is the configuration's, and has to live as long.
+inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int cluster, dim3 grid, dim3 block,
+                                         size_t shared_bytes) {
+  attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
@@ -35,38 +37,39 @@ void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;  // GPUs without clusters take no such attribute
+  return config;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = cluster_config(attribute, cluster, grid, block, shared_bytes);
+  config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 // The most blocks that a cluster of a kernel's may have on the current device: 1 where it has no clusters, or the
-// kernel was compiled for architectures without.
-inline int most_cluster_blocks(const void* kernel, int threads, int shared_bytes) {
+// kernel was compiled for architectures without. `most`: as for allow_shared.
+inline int most_cluster_blocks(const void* kernel, int threads, int shared_bytes, int most) {
   int device = 0, clusters = 0;
   cudaFuncAttributes attributes{};
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device) != cudaSuccess || !clusters ||
       cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90 ||
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess) {
     cudaGetLastError();  // nothing of this is an error of the launch to come
     return 1;
   }
-  for (unsigned blocks = 8; blocks > 1; blocks /= 2) {  // 8: that every GPU with clusters allows
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = blocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters_at_once = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters_at_once, kernel, &config) == cudaSuccess && clusters_at_once > 0)
-      return static_cast<int>(blocks);
+  for (int blocks = kMostClusterBlocks; blocks > 1; blocks /= 2) {
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config =
+        cluster_config(attribute, blocks, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                       static_cast<size_t>(shared_bytes));
+    int at_once = 0;
+    if (cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess && at_once > 0) return blocks;
     cudaGetLastError();
   }
   return 1;
