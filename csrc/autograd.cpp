@@ -47,6 +47,13 @@ void check_no_functorch() {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
 }
 
+// Whether no other tensor lies in the memory of t, but the one that it is a view of, which autograd keeps and whose
+// version is that of t. Others (t.detach(), t.data, an array of NumPy) may be read later, and need not notice a change.
+bool is_alone_in_memory(const Tensor& t) {
+  const auto* meta = torch::autograd::impl::get_view_autograd_meta(t);
+  return t.storage().use_count() <= (meta && meta->has_bw_view() ? 2 : 1);
+}
+
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
@@ -86,7 +93,7 @@ struct CrossEntropyBackwardOp {
   Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const {
     // A gradient that is itself differentiated needs the logits.
     if (inplace_backward && !at::GradMode::is_enabled() && !is_traced(saved[0]) && !is_traced(grad_output) &&
-        !any_has_tangent(grad_output, saved[0], saved[1])) {
+        !any_has_tangent(grad_output, saved[0], saved[1]) && is_alone_in_memory(saved[0])) {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor logits = saved[0].detach();
       saved[0].unsafeGetTensorImpl()->bump_version();  // whoever saved them, a second backward too, notices
@@ -133,7 +140,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
   }
   if (!requires_grad(logits)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+    auto result = cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+    remember_versions(std::get<1>(result), {logits, target, or_undefined(weight)});
+    return result;
   }
   return cross_entropy_with_backward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype,
                                      /*inplace_backward=*/false);
@@ -150,8 +159,9 @@ bool is_view_of_leaf(const Tensor& t) {
 Tensor cross_entropy_inplace_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                       int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                                       OptionalDtype dtype) {
-  // Compilers plan the memory themselves; other derivatives need the logits.
-  if (!requires_grad(logits) || is_traced(logits) || any_has_tangent(logits, target, weight) ||
+  // Compilers plan the memory themselves; other derivatives need the logits; and hooks may hand out what they were
+  // given, or what a checkpoint has computed again, to any number of backwards, none of which compares versions.
+  if (!requires_grad(logits) || is_traced(logits) || has_default_hooks() || any_has_tangent(logits, target, weight) ||
       any_requires_grad(target, weight)) {
     return std::get<0>(cross_entropy_forward_autograd(logits, target, weight, reduction, std::move(ignore_index),
                                                       label_smoothing, dtype));
@@ -206,6 +216,7 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
                                        const OptionalTensor& weight, const Tensor& row_stats,
                                        const Tensor& total_weight, int64_t reduction, c10::SymInt ignore_index,
                                        double label_smoothing) {
+  check_versions(row_stats, {logits, target, or_undefined(weight)});
   if (any_has_tangent(grad_output, logits, target, weight) || any_requires_grad(grad_output, logits, target, weight)) {
     static const auto definition = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("nllx::_cross_entropy_backward_definition", "")
@@ -254,7 +265,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
   }
   if (!requires_grad(log_probs)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
+    auto result = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
+    remember_versions(std::get<1>(result), {target, or_undefined(weight)});
+    return result;
   }
   check_no_functorch();
   std::tuple<Tensor, Tensor> result;
@@ -271,6 +284,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
 Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
                                   const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
                                   c10::SymInt ignore_index) {
+  check_versions(total_weight, {target, or_undefined(weight)});
   // Linear in the incoming gradient.
   if (any_has_tangent(grad_output) || any_requires_grad(grad_output)) {
     static const auto definition = c10::Dispatcher::singleton()
@@ -319,7 +333,9 @@ Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
   }
   if (!requires_grad(input)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return log_softmax_forward(input, dim);
+    Tensor output = log_softmax_forward(input, dim);
+    remember_versions(output, {output});
+    return output;
   }
   check_no_functorch();
   Tensor output;
@@ -332,6 +348,7 @@ Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
 }
 
 Tensor log_softmax_backward_autograd(const Tensor& grad_output, const Tensor& output, int64_t dim) {
+  check_versions(output, {output});
   if (any_has_tangent(grad_output, output) || any_requires_grad(grad_output, output)) {
     static const auto definition = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("nllx::_log_softmax_backward_definition", "")
@@ -340,6 +357,12 @@ Tensor log_softmax_backward_autograd(const Tensor& grad_output, const Tensor& ou
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return log_softmax_backward(grad_output, output, dim);
+}
+
+std::vector<NodeType> node_types() {
+  return {{&typeid(BackwardNode<CrossEntropyBackwardOp>), CrossEntropyBackwardOp::kName},
+          {&typeid(BackwardNode<NllLossBackwardOp>), NllLossBackwardOp::kName},
+          {&typeid(BackwardNode<LogSoftmaxBackwardOp>), LogSoftmaxBackwardOp::kName}};
 }
 
 TORCH_LIBRARY_IMPL(nllx, Autograd, m) {

@@ -5,13 +5,15 @@
 
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <array>
 #include <string>
 #include <type_traits>
+#include <typeinfo>
 #include <vector>
+
+#include "saved_tensor.h"
 
 namespace nllx {
 
@@ -29,36 +31,40 @@ class BackwardNode final : public torch::autograd::Node {
   explicit BackwardNode(Op op) : op_(std::move(op)) {}
 
   void save(const Saved& tensors) {
-    for (size_t i = 0; i < Op::kSaved; ++i) {
-      saved_[i] = torch::autograd::SavedVariable(tensors[i], Op::kSavesOutput);
-    }
+    for (size_t i = 0; i < Op::kSaved; ++i) saved_[i] = SavedTensor(tensors[i], Op::kSavesOutput);
   }
 
   std::string name() const override { return Op::kName; }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return differentiate(op_, grads, unpack());
+    Saved tensors;
+    for (size_t i = 0; i < Op::kSaved; ++i) tensors[i] = saved_[i].unpack(saved_for());
+    return differentiate(op_, grads, tensors);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& saved : saved_) saved.reset_data();
+    for (auto& saved : saved_) saved.variable().reset_data();
   }
 
   // Compiled autograd: what the compiled graph depends on, and the backward as a function of what is saved.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (const auto& saved : saved_) args.collect(saved, Op::kSavesOutput);
+    for (const auto& saved : saved_) {
+      saved.check();
+      args.collect(saved.variable(), Op::kSavesOutput);
+    }
     op_.visit([&](const auto& option) { args.collect(option); });
   }
 
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto& saved : saved_) swap.before(saved);
+    for (auto& saved : saved_) swap.before(saved.variable());
     op_.visit([&](auto& option) { swap.before(option); });
-    const Saved tensors = unpack();
+    variable_list tensors;
+    for (auto& saved : saved_) tensors.push_back(saved.variable().unpack(saved_for()));
     torch::dynamo::autograd::PackedArgs packed;
-    packed.pack(variable_list(tensors.begin(), tensors.end()));
+    packed.pack(tensors);
     op_.visit([&](const auto& option) { packed.pack(option); });
     std::vector<at::TypePtr> schema;
     for (const auto& value : packed.vec()) {
@@ -73,22 +79,15 @@ class BackwardNode final : public torch::autograd::Node {
                                 /*is_traceable=*/true);
     variable_list result =
         compiler->call_function(swap.get_py_compiler(), "apply_functional", function, grads, packed.vec(), metadata);
-    for (auto& saved : saved_) swap.after(saved);
+    for (auto& saved : saved_) swap.after(saved.variable());
     op_.visit([&](auto& option) { swap.after(option); });
     return result;
   }
 
  private:
-  Saved unpack() {
-    Saved tensors;
-    for (size_t i = 0; i < Op::kSaved; ++i) {
-      if constexpr (Op::kSavesOutput) {
-        tensors[i] = saved_[i].unpack(getptr());
-      } else {
-        tensors[i] = saved_[i].unpack();
-      }
-    }
-    return tensors;
+  NodePointer saved_for() {
+    if constexpr (Op::kSavesOutput) return getptr();
+    return nullptr;
   }
 
   static variable_list differentiate(const Op& op, const variable_list& grads, const Saved& saved) {
@@ -105,12 +104,16 @@ class BackwardNode final : public torch::autograd::Node {
     return differentiate(op, grads, saved);
   }
 
-  std::array<torch::autograd::SavedVariable, Op::kSaved> saved_;
+  std::array<SavedTensor, Op::kSaved> saved_;
   Op op_;
 };
 
-// Nodes are counted by std::shared_ptr in torch 2.11 and by c10::intrusive_ptr in 2.13.
-using NodePointer = decltype(torch::autograd::Edge::function);
+// The types of the nodes, and their names, for the classes that Python has of them.
+struct NodeType {
+  const std::type_info* type;
+  const char* name;
+};
+std::vector<NodeType> node_types();
 
 template <typename Pointer, typename Node, typename... Args>
 Pointer make_node(Args&&... args) {

@@ -17,10 +17,7 @@ using at::Tensor;
 
 namespace {
 
-bool is_index_dtype(ScalarType t) {
-  return t == ScalarType::Long || t == ScalarType::Int || t == ScalarType::Short || t == ScalarType::Char ||
-         t == ScalarType::Byte;
-}
+bool is_index_dtype(ScalarType t) { return at::isIntegralType(t, /*includeBool=*/true); }
 
 bool is_half(ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; }
 
@@ -172,8 +169,9 @@ void check_loss_arguments(const LossArguments& a) {
   if (!probabilities) {
     check_index_target_shape(a);
     TORCH_CHECK(is_index_dtype(a.target.scalar_type()), a.op,
-                ": expected target dtype to be Long or Byte (or Int, Short, Char), but got ", a.target.scalar_type(),
-                ": target has dtype ", a.target.scalar_type(), " and the shape of class indices; call target.long()");
+                ": expected target dtype to be Long or Byte (or another integer, or Bool), but got ",
+                a.target.scalar_type(), ": target has dtype ", a.target.scalar_type(),
+                " and the shape of class indices; call target.long()");
   }
   TORCH_CHECK_VALUE(a.reduction >= 0 && a.reduction <= 3, a.op, ": ", number(a.reduction),
                     " is not a valid value for reduction; the operator takes 0 (none), 1 (mean), 2 (sum) or 3 (mean, 0 "
@@ -295,9 +293,16 @@ IndexType index_type(ScalarType dtype) {
     case ScalarType::Char:
       return IndexType::kInt8;
     case ScalarType::Byte:
+    case ScalarType::Bool:
       return IndexType::kUInt8;
+    case ScalarType::UInt16:
+      return IndexType::kUInt16;
+    case ScalarType::UInt32:
+      return IndexType::kUInt32;
+    case ScalarType::UInt64:
+      return IndexType::kUInt64;
     default:
-      TORCH_CHECK(false, "nllx: class indices must be int64, int32, int16, int8 or uint8, but got ", dtype);
+      TORCH_CHECK(false, "nllx: class indices must be integers or bool, but got ", dtype);
   }
 }
 

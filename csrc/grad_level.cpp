@@ -65,11 +65,7 @@ class SavedArgument {
 
   Tensor unpack() const {
     Tensor wrapper = wrapper_.unpack();
-    TORCH_CHECK(
-        version() == version_,
-        "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
-        "version ",
-        version(), "; expected version ", version_, " instead");
+    check_version(version(), version_);
     return wrapper;
   }
 

@@ -67,6 +67,14 @@ NLLX_HOST_DEVICE double index_divisor(const Targets& targets, double weight) {
   return weight == 0. ? targets.zero_divisor : weight;
 }
 
+// An index as a 64-bit number. Of uint64 what that cannot hold is the largest one, which names no class either: its
+// bits might be those of a negative ignore_index.
+template <typename Index>
+NLLX_HOST_DEVICE int64_t as_index(Index y) {
+  if (sizeof(Index) == 8 && Index(-1) > Index(0) && static_cast<int64_t>(y) < 0) return INT64_MAX;
+  return static_cast<int64_t>(y);
+}
+
 NLLX_HOST_DEVICE int64_t load_index(const void* index, IndexType type, int64_t row) {
   switch (type) {
     case IndexType::kInt64:
@@ -77,6 +85,12 @@ NLLX_HOST_DEVICE int64_t load_index(const void* index, IndexType type, int64_t r
       return static_cast<const int16_t*>(index)[row];
     case IndexType::kInt8:
       return static_cast<const int8_t*>(index)[row];
+    case IndexType::kUInt16:
+      return static_cast<const uint16_t*>(index)[row];
+    case IndexType::kUInt32:
+      return static_cast<const uint32_t*>(index)[row];
+    case IndexType::kUInt64:
+      return as_index(static_cast<const uint64_t*>(index)[row]);
     default:
       return static_cast<const uint8_t*>(index)[row];
   }

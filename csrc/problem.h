@@ -13,7 +13,14 @@
 namespace nllx {
 
 enum class FloatType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class IndexType : uint8_t { kInt64, kInt32, kInt16, kInt8, kUInt8 };
+enum class IndexType : uint8_t { kInt64, kInt32, kInt16, kInt8, kUInt8, kUInt16, kUInt32, kUInt64 };
+
+NLLX_MEMBER constexpr int bytes_of(IndexType type) {
+  return type == IndexType::kInt64 || type == IndexType::kUInt64   ? 8
+         : type == IndexType::kInt32 || type == IndexType::kUInt32 ? 4
+         : type == IndexType::kInt16 || type == IndexType::kUInt16 ? 2
+                                                                   : 1;
+}
 
 // The values are those of the `reduction` argument of the operators, of which the first three are ATen's.
 // kMeanOrZero: the mean, and over nothing (where its divisor is zero) 0 and not NaN.

@@ -2,9 +2,14 @@
 // boxes them, which takes longer than the kernel of a small problem.
 #include "python_calls.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
+#include "backward_node.h"
 #include "message.h"
 #include "ops.h"
 
@@ -47,9 +52,11 @@ class Arguments {
   PyObject* const* next_;
 };
 
-// Runs a loss while other Python threads go on, and gives its result to Python.
+// Runs a loss while other Python threads go on, and gives its result to Python; NotImplemented while torch.jit.trace
+// watches, which may be for ONNX.
 template <typename Loss>
 PyObject* call_without_gil(const Loss& loss) {
+  if (torch::jit::tracer::isTracing()) Py_RETURN_NOTIMPLEMENTED;
   at::Tensor result;
   {
     pybind11::gil_scoped_release no_gil;
@@ -109,6 +116,20 @@ PyObject* py_are_plain(PyObject*, PyObject* const* values, Py_ssize_t given) {
   END_HANDLE_TH_ERRORS
 }
 
+// The functions that get what is saved now, from the innermost `with` on: for nllx.patch, which looks for checkpoints.
+PyObject* py_pack_hooks(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  pybind11::list hooks;
+  if (has_default_hooks()) {
+    auto stack = at::SavedTensorDefaultHooks::get_tls_state().stack;
+    for (; !stack.empty(); stack.pop()) {
+      hooks.append(pybind11::reinterpret_borrow<pybind11::object>(stack.top().first.ptr(getPyInterpreter())));
+    }
+  }
+  return hooks.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 template <typename Function>
 PyCFunction as_method(Function* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -126,13 +147,29 @@ PyMethodDef methods[] = {
      "are_plain(input, *others): whether all are strided CPU tensors of torch's own class, the first of a dtype that "
      "the "
      "losses take and the others not complex, or None."},
+    {"pack_hooks", &py_pack_hooks, METH_NOARGS,
+     "pack_hooks(): the functions that pack what autograd saves, the innermost first; as a rule there are none."},
     {nullptr, nullptr, 0, nullptr},
 };
+
+// Without a class of their own the nodes would be CppFunctions, which tools that draw graphs show by name, and no
+// torch.autograd.graph.Node.
+void add_node_classes() {
+  const pybind11::object node = pybind11::module_::import("torch.autograd.graph").attr("Node");
+  for (const NodeType& of : node_types()) {
+    auto* type = new PyTypeObject{PyVarObject_HEAD_INIT(nullptr, 0)};  // as long as the process, as torch's own
+    torch::autograd::_initFunctionPyTypeObject(*type, of.name, /*function_properties=*/nullptr,
+                                               /*function_methods=*/nullptr);
+    torch::autograd::registerCppFunction(*of.type, type);
+    node.attr("register")(pybind11::handle(reinterpret_cast<PyObject*>(type)));
+  }
+}
 
 }  // namespace
 
 void add_python_calls(PyObject* module) {
   if (PyModule_AddFunctions(module, methods) != 0) throw pybind11::error_already_set();
+  add_node_classes();
 }
 
 }  // namespace nllx

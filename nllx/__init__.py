@@ -11,7 +11,7 @@ from nllx import functional  # noqa: E402  (needs the operators that _load regis
 from nllx._errors import check_errors  # noqa: E402
 from nllx.debugging import set_debug  # noqa: E402
 from nllx.modules import CrossEntropyLoss, LogSoftmax, NLLLoss  # noqa: E402
-from nllx.patching import convert, patch, patch_report, patched, unpatch  # noqa: E402
+from nllx.patching import convert, patch, patch_report, patched, revert, unpatch  # noqa: E402
 from nllx.version import __version__  # noqa: E402
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "patch",
     "patch_report",
     "patched",
+    "revert",
     "set_debug",
     "unpatch",
 ]

@@ -6,12 +6,16 @@ kernels check, cannot be.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float32, torch.float64, *HALF)  # what has kernels
-INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which torch has hardly an operation for
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, *_WIDE_UNSIGNED)
 NONE, MEAN, SUM, MEAN_OR_ZERO = range(4)  # the operators' reductions
 _SCALAR_TYPES = {
     torch.float32: "Float",
@@ -23,10 +27,24 @@ _SCALAR_TYPES = {
     torch.int16: "Short",
     torch.int8: "Char",
     torch.uint8: "Byte",
+    torch.uint16: "UInt16",
+    torch.uint32: "UInt32",
+    torch.uint64: "UInt64",
     torch.bool: "Bool",
     torch.complex64: "ComplexFloat",
     torch.complex128: "ComplexDouble",
 }
+
+
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a comparison of sizes is known to hold. One that depends on data, which a compiler has not, is not known: a guard
+    on it would be an error. The kernels compare again, and have the data."""
+    return guard_or_false(condition) if isinstance(condition, torch.SymBool) else bool(condition)
+
+
+def differ(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are known to differ."""
+    return len(a) != len(b) or any(holds(m != n) for m, n in zip(a, b, strict=True))
 
 
 def class_dim(input: Tensor) -> int:
@@ -36,7 +54,14 @@ def class_dim(input: Tensor) -> int:
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
     """Whether the target of a cross entropy holds class probabilities: it has the shape of the logits."""
-    return input.shape == target.shape
+    if input.dim() == 1 and not target.is_floating_point():  # or one index, of shape (1)
+        return target.dim() == 1 and holds(input.shape[0] == target.shape[0])
+    return not differ(input.shape, target.shape)
+
+
+def is_counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows are not ignored."""
+    return (target.long() if target.dtype in _WIDE_UNSIGNED else target) != ignore_index
 
 
 def row_shape(input: Tensor) -> list[int]:
@@ -109,18 +134,19 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_index_target(op: str, name: str, input: Tensor, target: Tensor) -> None:
-    if input.dim() > 1 and target.dtype in INDICES and list(target.shape) == row_shape(input):
+    if input.dim() > 1 and target.dtype in INDICES and not differ(target.shape, row_shape(input)):
         return  # at once, since torch.func comes here for every call
     if input.dim() == 1:
         if target.dim() == 1:
             torch._check_value(
-                target.shape[0] == 1, lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}"
+                not holds(target.shape[0] != 1),
+                lambda: f"{op}: For 1D input, 1D target must have size 1, got {target.shape[0]}",
             )
         torch._check(target.dim() <= 1, lambda: f"{op}: 0D or 1D target tensor expected, multi-target not supported")
     else:
         batch = target.shape[0] if target.dim() else 0
         torch._check_value(
-            input.shape[0] == batch,
+            not holds(input.shape[0] != batch),
             lambda: f"{op}: Expected input batch_size ({input.shape[0]}) to match target batch_size ({batch}).",
         )
         if input.dim() == 2:
@@ -141,7 +167,7 @@ def _check_index_target(op: str, name: str, input: Tensor, target: Tensor) -> No
             )
         expected = row_shape(input)
         torch._check(
-            target.dim() == len(expected) and list(target.shape) == expected,
+            not differ(target.shape, expected),
             lambda: (
                 f"{op}: size mismatch (got input: {list(input.shape)} , target: {list(target.shape)}). "
                 f"Expected target size {expected}, got {list(target.shape)}"
@@ -150,8 +176,8 @@ def _check_index_target(op: str, name: str, input: Tensor, target: Tensor) -> No
     torch._check(
         target.dtype in INDICES,
         lambda: (
-            f"{op}: expected target dtype to be Long or Byte (or Int, Short, Char), but got {_name(target.dtype)}: target has "
-            f"dtype {_name(target.dtype)} and the shape of class indices; call target.long()"
+            f"{op}: expected target dtype to be Long or Byte (or another integer, or Bool), but got {_name(target.dtype)}: "
+            f"target has dtype {_name(target.dtype)} and the shape of class indices; call target.long()"
         ),
     )
 
@@ -160,7 +186,7 @@ def _check_weight(op: str, name: str, input: Tensor, weight: Tensor, probabiliti
     classes = input.shape[class_dim(input)]
     any_shape = input.dim() > 2 and not probabilities  # torch counts the elements of such a loss alone
     torch._check(
-        (any_shape or weight.dim() == 1) and weight.numel() == classes,
+        (any_shape or weight.dim() == 1) and not holds(weight.numel() != classes),
         lambda: (
             f"{op}: weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
@@ -274,7 +300,7 @@ def _cross_entropy_value_and_grad_out(
 ) -> Tensor:
     loss, grad = _cross_entropy_value_and_grad(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
     torch._check(
-        out.shape == grad.shape and out.dtype == grad.dtype and out.device == grad.device,
+        not differ(out.shape, grad.shape) and out.dtype == grad.dtype and out.device == grad.device,
         lambda: (
             f"cross_entropy: out must have shape {list(logits.shape)} and dtype {logits.dtype} on {logits.device}, as logits "
             f"has, but got {list(out.shape)} and {out.dtype} on {out.device}"

@@ -20,6 +20,8 @@ from nllx._fake import (
     check_arguments,
     check_log_softmax,
     class_dim,
+    holds,
+    is_counted,
     is_probabilities,
     loss_dtypes,
     row_shape,
@@ -43,19 +45,19 @@ def _rows(
     dim, classes = class_dim(input), input.shape[class_dim(input)]
     w = None if weight is None else weight.reshape([-1] + [1] * (input.dim() - 1 - dim)).to(acc)
     if op == "cross_entropy" and is_probabilities(input, target):
-        a = target.to(acc) * (1 - label_smoothing) + label_smoothing / max(classes, 1)
+        a = target.to(acc) * (1 - label_smoothing) + label_smoothing / (1 if holds(classes == 0) else classes)
         rows = 1
         for size in row_shape(input):
             rows = rows * size
-        if classes == 0:
+        if holds(classes == 0):
             rows = 0  # torch divides by numel / C
         divisor = mean_divisor(torch.full([], rows, dtype=acc, device=input.device), reduction, 0.0)
         return a if w is None else a * w, None, divisor
     if weight is not None:
         check_weight_gradient(op, weight)
     target = target.reshape(row_shape(input))
-    index = torch.ops.nllx._checked_target(target, classes, ignore_index, op)
-    valid = (target != ignore_index).unsqueeze(dim)
+    index = _checked(op, target, classes, ignore_index)
+    valid = is_counted(target, ignore_index).unsqueeze(dim)
     c = torch.arange(classes, device=input.device).reshape([-1] + [1] * (input.dim() - 1 - dim))
     hit = (c == index.unsqueeze(dim)) & valid
     zero = torch.zeros([], dtype=acc, device=input.device)
@@ -64,8 +66,20 @@ def _rows(
     present = torch.where(hit, one, zero)
     a = present * (1 - label_smoothing)
     if label_smoothing > 0:
-        a = a + torch.where(valid, one * (label_smoothing / max(classes, 1)), zero)
+        a = a + torch.where(valid, one * (label_smoothing / (1 if holds(classes == 0) else classes)), zero)
     return a, valid, mean_divisor(present.sum(), reduction, label_smoothing)
+
+
+def in_onnx_export() -> bool:
+    """Whether an exporter to ONNX traces, which has counterparts of torch's operators alone. Dynamo's graphs are for others."""
+    return not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def _checked(op: str, target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """The classes as int64, 0 where a row is ignored. IndexError for others, but not in ONNX, which has no counterpart."""
+    if in_onnx_export():
+        return torch.where(is_counted(target, ignore_index), target.long(), 0)
+    return torch.ops.nllx._checked_target(target, classes, ignore_index, op)
 
 
 def mean_divisor(weight: Tensor, reduction: int, label_smoothing: float) -> Tensor:
@@ -126,7 +140,7 @@ def cross_entropy_forward(
 def _row_stats(x: Tensor, valid: Tensor | None, dim: int) -> Tensor:
     """Maximum m and log of the sum of exp(x - m), last dimension 2; not differentiated."""
     x = x.detach()
-    if x.shape[dim] == 0:
+    if holds(x.shape[dim] == 0):
         return x.new_zeros([*row_shape(x), 2])
     m = x.amax(dim, keepdim=True)
     m = torch.where(m == -torch.inf, torch.zeros_like(m), m)
@@ -184,10 +198,8 @@ def nll_loss_forward(
     a, valid, total_weight = _rows("nll_loss", log_probs, target, weight, reduction, ignore_index, 0.0, acc)
     # Only the target's entry is looked at; others may be anything.
     dim = class_dim(log_probs)
-    index = torch.ops.nllx._checked_target(
-        target.reshape(row_shape(log_probs)), log_probs.shape[dim], ignore_index, "nll_loss"
-    )
-    if log_probs.shape[dim] == 0:
+    index = _checked("nll_loss", target.reshape(row_shape(log_probs)), log_probs.shape[dim], ignore_index)
+    if holds(log_probs.shape[dim] == 0):
         rows = a.sum(dim)
     else:
         chosen, coefficient = (t.gather(dim, index.unsqueeze(dim)) for t in (log_probs.to(acc), a))
@@ -213,7 +225,7 @@ def nll_loss_backward(
     # Nothing but the target's entry, if the divisor is 0 too.
     dim = class_dim(log_probs)
     classes = log_probs.shape[dim]
-    index = torch.ops.nllx._checked_target(target.reshape(row_shape(log_probs)), classes, ignore_index, "nll_loss")
+    index = _checked("nll_loss", target.reshape(row_shape(log_probs)), classes, ignore_index)
     each = torch.arange(classes, device=log_probs.device).view([-1] + [1] * (log_probs.dim() - 1 - dim))
     hit = each == index.unsqueeze(dim)
     return torch.where(hit if valid is None else hit & valid, grad, torch.zeros_like(grad)).to(log_probs.dtype)

@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
 from nllx import _C, _reference
-from nllx._fake import NONE, SUM, check_arguments, check_log_softmax, loss_dtypes
+from nllx._fake import NONE, SUM, check_arguments, check_log_softmax, holds, is_counted, loss_dtypes
 
 _ops = torch.ops.nllx
 _Dims = tuple[int | None, ...]
@@ -43,7 +43,9 @@ class _Samples:
         self.size = size
         self.logits = logits = _leading(logits, dim, size)
         self.unbatched = logits.dim() == 2  # a sample is (C)
-        self.single = self.unbatched or (logits.dim() == 3 and logits.shape[1] == 1)  # a sample is one row of the whole
+        self.single = self.unbatched or (
+            logits.dim() == 3 and holds(logits.shape[1] == 1)
+        )  # a sample is one row of the whole
         self.rows: tuple[int, ...] = ()
         if self.single:
             self.logits = logits if self.unbatched else logits.squeeze(1)
@@ -51,9 +53,9 @@ class _Samples:
         self.rows = (logits.shape[1], *logits.shape[3:])
         samples, n = logits.shape[0], logits.shape[1]
         of_samples, of_n = logits.stride(0), logits.stride(1)
-        if n == 1 or samples == 1 or of_samples == n * of_n:
+        if holds(n == 1) or holds(samples == 1) or holds(of_samples == n * of_n):
             self.place = 0
-        elif of_n == samples * of_samples:
+        elif holds(of_n == samples * of_samples):
             self.place = 1
         else:
             self.place = -1
@@ -125,7 +127,7 @@ def _divisors(
             rows = rows * size
         divisor = torch.full([samples.size], rows if classes else 0, dtype=acc, device=target.device)
         return _reference.mean_divisor(divisor, reduction, 0.0)
-    valid = target != ignore_index
+    valid = is_counted(target, ignore_index)
     if weight is None:
         present = valid.to(acc)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from nllx import _C
+from nllx import _C, _reference
+from nllx._fake import MEAN_OR_ZERO
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "nll_loss"]
 
@@ -36,21 +38,30 @@ def _check_tensors(op: str, **tensors: Any) -> None:
             raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which torch.jit.script takes; others as they are."""
+    of_numpy: Any = value if type(value).__module__ == "numpy" and isinstance(value, numbers.Number) else None
+    return value if of_numpy is None else of_numpy.item()
+
+
 def _integer(op: str, name: str, value: Any) -> int:
-    """As torch takes an int: anything with ``__index__`` but a bool, in 64 bits."""
+    """As torch takes an int: anything with ``__index__`` (NumPy's integers too) but a bool, in 64 bits."""
     try:
         if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}") from None
-    if not _SMALLEST <= number <= _LARGEST:
+    # Of NumPy's and torch's a compiler knows no value; they have no more bits.
+    if isinstance(value, int) and not _SMALLEST <= number <= _LARGEST:
         raise ValueError(f"{op}(): argument '{name}' is {number}. Overflow when unpacking long long")
     return number
 
 
 def _real(op: str, name: str, value: Any) -> float:
-    """As torch takes a float: a real number, or a tensor of no dimension that needs no gradient."""
+    """As torch takes a float: a real number (NumPy's too), or a tensor of no dimension that needs no gradient."""
+    if torch.compiler.is_compiling() and type(value).__name__ == "ndarray":  # a compiler's word for a number of NumPy
+        value = value.item()
     if not isinstance(value, numbers.Real) and not (
         isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not value.is_complex()
     ):
@@ -58,9 +69,51 @@ def _real(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+# torch's own, for what knows only those. importlib.reload keeps them: nllx.patch may have put others in their place.
+_TORCHS: dict[str, Callable[..., Tensor]] = globals().get("_TORCHS") or {
+    name: getattr(torch.nn.functional, name) for name in ("cross_entropy", "nll_loss", "log_softmax")
+}
+
+
+def _in_onnx(
+    name: str, input: Tensor, target: Tensor, weight: Tensor | None, number: int, ignore_index: int, *smoothing: float
+) -> Tensor:
+    """By torch's operators, since ONNX has no others: as torch's function where torch's exporters keep all options, else by the
+    definition (of torch 2.13, they leave label smoothing out, without a word, and stop at probabilities)."""
+    if number == MEAN_OR_ZERO or any(smoothing) or target.is_floating_point():
+        return getattr(_reference, name)(input, target, weight, number, ignore_index, *smoothing)
+    target = target if target.dtype == torch.int64 else target.long()
+    reduction = ("none", "mean", "sum")[number]
+    return _TORCHS[name](input, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
+def _handle(
+    function: Any, tensors: tuple[Any, ...], *arguments: Any, own: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """The call as classes of tensors and modes have it: of nllx's function, or of torch's where they know that alone, by
+    identity. `own`: the options that torch's has not."""
+    try:
+        return handle_torch_function(function, tensors, *arguments, **options, **(own or {}))
+    except TypeError as error:
+        refused = f"no implementation found for '{function.__module__}.{function.__name__}'"
+        torchs = _TORCHS.get(function.__name__)
+        if torchs is None or not str(error).startswith(refused) or (own or {}).get("zero_division") == 0:
+            raise
+        try:
+            return handle_torch_function(torchs, tensors, *arguments, **options)
+        except TypeError as again:
+            raise (error if str(again).startswith("no implementation found for") else again) from None
+
+
+def _is_nested(input: Any) -> bool:
+    """Without asking a class of tensors, which sees attributes too and may refuse."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(input, Tensor) and input.is_nested
+
+
 def _refuse_nested(op: str, input: Any) -> None:
     """torch's losses take no nested tensors either, with errors from deep inside."""
-    if isinstance(input, Tensor) and input.is_nested:
+    if _is_nested(input):
         raise NotImplementedError(
             f"{op}: nested tensors have no rows of classes; give those of their parts: {op}(input.values(), target.values())"
         )
@@ -135,9 +188,9 @@ def cross_entropy(
         input: Logits of shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_k)`; float32, float64, bfloat16 or
             float16, in any layout. Rows (classes adjacent, channels-last images too) and planes (contiguous images) are
             read where they lie.
-        target: Class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, ..., d_k)`, dtype int64, int32, int16,
-            int8 or uint8, each in :math:`[0, C)` or ``ignore_index``; or class probabilities of the shape of ``input``,
-            floating point.
+        target: Class indices of shape :math:`()`, :math:`(N)` or :math:`(N, d_1, ..., d_k)`, any integer
+            dtype, unsigned ones too, or bool, each in :math:`[0, C)` or ``ignore_index``; or class probabilities of the shape
+            of ``input``, floating point.
         weight: One factor per class, shape :math:`(C)`, dtype of ``input`` (float32 or float64 too beside half precision).
         size_average: Deprecated, see ``reduction``.
         ignore_index: Rows with this class index add nothing to the loss, the gradient or the divisor of the mean. May lie
@@ -177,7 +230,7 @@ def cross_entropy(
     """
     if has_torch_function_variadic(input, target, weight):
         _refuse_nested("cross_entropy", input)
-        return handle_torch_function(
+        return _handle(
             cross_entropy,
             (input, target, weight),
             input,
@@ -188,8 +241,7 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            inplace_backward=inplace_backward,
-            zero_division=zero_division,
+            own={"inplace_backward": inplace_backward, "zero_division": zero_division},
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -200,12 +252,17 @@ def cross_entropy(
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
     if zero_division is not _NAN:
         number = _mean_or_zero("cross_entropy", number, zero_division)
-    if torch.compiler.is_compiling():  # which traces operators alone
-        _check_tensors("cross_entropy", input=input, target=target, weight=weight)
-        return _cross_entropy(
-            input, target, weight, number, ignore_index, label_smoothing, inplace_backward=bool(inplace_backward)
-        )
-    return _C.cross_entropy(input, target, weight, number, ignore_index, label_smoothing, bool(inplace_backward))
+    if not torch.compiler.is_compiling():
+        loss = _C.cross_entropy(input, target, weight, number, ignore_index, label_smoothing, bool(inplace_backward))
+        if loss is not NotImplemented:
+            return loss
+    # What traces sees operators alone.
+    _check_tensors("cross_entropy", input=input, target=target, weight=weight)
+    if _reference.in_onnx_export():
+        return _in_onnx("cross_entropy", input, target, weight, number, ignore_index, label_smoothing)
+    return _cross_entropy(
+        input, target, weight, number, ignore_index, label_smoothing, inplace_backward=bool(inplace_backward)
+    )
 
 
 def cross_entropy_value_and_grad(
@@ -233,7 +290,8 @@ def cross_entropy_value_and_grad(
             a leaf that requires grad.
 
     Returns:
-        The loss, as from :func:`cross_entropy`, and the gradient (``out``, if given). Neither requires grad.
+        The loss, as from :func:`cross_entropy`, and the gradient (``out``, if given). Neither has a graph: the loss and a
+        fresh gradient do not require grad, and ``out`` stays what it is (``out=logits`` requires grad if the logits do).
 
     Raises:
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as in :func:`cross_entropy`; ValueError for
@@ -309,7 +367,7 @@ def nll_loss(
     """
     if has_torch_function_variadic(input, target, weight):
         _refuse_nested("nll_loss", input)
-        return handle_torch_function(
+        return _handle(
             nll_loss,
             (input, target, weight),
             input,
@@ -319,7 +377,7 @@ def nll_loss(
             ignore_index=ignore_index,
             reduce=reduce,
             reduction=reduction,
-            zero_division=zero_division,
+            own={"zero_division": zero_division},
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -328,10 +386,14 @@ def nll_loss(
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
     if zero_division is not _NAN:
         number = _mean_or_zero("nll_loss", number, zero_division)
-    if torch.compiler.is_compiling():
-        _check_tensors("nll_loss", input=input, target=target, weight=weight)
-        return _nll_loss(input, target, weight, number, ignore_index)
-    return _C.nll_loss(input, target, weight, number, ignore_index)
+    if not torch.compiler.is_compiling():
+        loss = _C.nll_loss(input, target, weight, number, ignore_index)
+        if loss is not NotImplemented:
+            return loss
+    _check_tensors("nll_loss", input=input, target=target, weight=weight)
+    if _reference.in_onnx_export():
+        return _in_onnx("nll_loss", input, target, weight, number, ignore_index)
+    return _nll_loss(input, target, weight, number, ignore_index)
 
 
 def log_softmax(
@@ -362,9 +424,9 @@ def log_softmax(
         :math:`2 L` and writes :math:`L`.
     """
     if has_torch_function_unary(input):
-        if isinstance(input, Tensor) and input.is_nested and dim is not None:
+        if _is_nested(input) and dim is not None:
             return _nested_log_softmax(input, dim, dtype)
-        return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
+        return _handle(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     if not isinstance(input, Tensor):
         _check_tensors("log_softmax", input=input)
     if dim is None:
@@ -376,8 +438,21 @@ def log_softmax(
         dim = _integer("log_softmax", "dim", dim)
     if dtype is not None:
         dtype = _dtype("log_softmax", dtype)
-    if dtype is not None or torch.compiler.is_compiling():
-        if input.is_nested:
-            return _nested_log_softmax(input, dim, dtype)
-        return _log_softmax(input, dim, dtype)
-    return _C.log_softmax(input, dim)
+    if dtype is None and not torch.compiler.is_compiling():
+        result = _C.log_softmax(input, dim)
+        if result is not NotImplemented:
+            return result
+    if input.is_nested:
+        return _nested_log_softmax(input, dim, dtype)
+    if _reference.in_onnx_export():
+        return _TORCHS["log_softmax"](input, dim, dtype=dtype)
+    return _log_softmax(input, dim, dtype)
+
+
+def _prepare_scriptable(function: Any) -> None:
+    """torch.jit.script compiles torch's function, where it meets nllx's."""
+    function.__prepare_scriptable__ = lambda: _TORCHS[function.__name__]
+
+
+for _function in (cross_entropy, nll_loss, log_softmax):
+    _prepare_scriptable(_function)

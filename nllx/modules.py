@@ -4,7 +4,6 @@ and ``isinstance`` checks in users' code stay what they are."""
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -13,11 +12,6 @@ from torch import Tensor
 from nllx import functional as F
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss"]
-
-
-def _integer(value: int) -> int:
-    """NumPy's integers as Python's; mistakes as they are, for the call to tell."""
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def _options(module: torch.nn.Module) -> str:
@@ -73,9 +67,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         inplace_backward: bool = False,
         zero_division: float = math.nan,
     ) -> None:
-        if isinstance(label_smoothing, numbers.Real):
-            label_smoothing = float(label_smoothing)  # of NumPy's numbers torch.compile makes arrays
-        super().__init__(weight, size_average, _integer(ignore_index), reduce, reduction, label_smoothing)
+        super().__init__(weight, size_average, F._plain(ignore_index), reduce, reduction, F._plain(label_smoothing))
         F._mean_or_zero("CrossEntropyLoss", 1, zero_division)
         self.inplace_backward = inplace_backward
         self.zero_division = zero_division
@@ -123,7 +115,7 @@ class NLLLoss(torch.nn.NLLLoss):
         *,
         zero_division: float = math.nan,
     ) -> None:
-        super().__init__(weight, size_average, _integer(ignore_index), reduce, reduction)
+        super().__init__(weight, size_average, F._plain(ignore_index), reduce, reduction)
         F._mean_or_zero("NLLLoss", 1, zero_division)
         self.zero_division = zero_division
 

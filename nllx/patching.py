@@ -18,24 +18,30 @@ from torch.utils._device import DeviceContext
 
 from nllx import _C, functional, modules
 from nllx._fake import FLOATING
+from nllx._reference import in_onnx_export
 
-__all__ = ["convert", "patch", "patch_report", "patched", "unpatch"]
+__all__ = ["convert", "patch", "patch_report", "patched", "revert", "unpatch"]
 
 _torch = torch.nn.functional
-_NAMES = ("cross_entropy", "nll_loss", "log_softmax")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DEVICES = ("cpu", "cuda", "meta")
 _WITH_CUDA = bool(_C.build_info()["cuda"])
 
-_lock = threading.RLock()
-_always = False  # patch() without unpatch()
-_entered = 0  # how many patched() are under way, in all threads
-_on = False  # one of the two: what compiled graphs depend on, and so no number
-_torchs: dict[str, Callable[..., Tensor]] = {name: getattr(_torch, name) for name in _NAMES}
-_originals: dict[str, Callable[..., Tensor]] = dict(_torchs)  # what was there before
-_installed: set[str] = set()  # what stands in torch.nn.functional, or did when somebody wrapped it
-_wrappers: dict[str, Callable[..., Tensor]] = {}  # what they put there
-_counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in _NAMES}
+
+def _kept(name: str, fresh: Any) -> Any:
+    """State of the process, which importlib.reload must not forget."""
+    return globals().get(name, fresh)
+
+
+_lock = _kept("_lock", threading.RLock())
+_always = _kept("_always", False)  # patch() without unpatch()
+_entered = _kept("_entered", 0)  # how many patched() are under way, in all threads
+_on = _kept("_on", False)  # one of the two: what compiled graphs depend on, and so no number
+_torchs: dict[str, Callable[..., Tensor]] = functional._TORCHS
+_originals: dict[str, Callable[..., Tensor]] = _kept("_originals", dict(_torchs))  # what was there before
+_installed: set[str] = _kept("_installed", set())  # what stands in torch.nn.functional, or did when somebody wrapped it
+_wrappers: dict[str, Callable[..., Tensor]] = _kept("_wrappers", {})  # what they put there
+_counts: dict[str, collections.Counter[str]] = _kept("_counts", {name: collections.Counter() for name in _torchs})
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -59,10 +65,14 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
             isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
         ):
             return "a TorchFunctionMode"  # which is to see torch's function
-        if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        if torch._C._get_tracing_state() is not None and in_onnx_export():
             return "ONNX"  # which has no operators for nllx's
+        if (hooks := _C.pack_hooks()) and _follow_checkpoints(hooks):
+            return "a checkpoint whose forward ran on torch"
         if dtype is None and _C.are_plain(input, *others):  # nearly all calls, in less time than a small loss takes
             return None
+    elif in_onnx_export():  # by torch.export
+        return "ONNX"
     if not isinstance(input, Tensor):
         return None
     if _has_own_torch_function(input) or any(_has_own_torch_function(t) for t in others):
@@ -83,6 +93,40 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
     if any(isinstance(t, Tensor) and t.is_complex() for t in others):
         return "complex target or weight"
     return None
+
+
+class _Recomputation:
+    """What a checkpoint computes again, on nllx as its forward was, whether or not torch is still patched by then: it checks
+    that the same tensors are saved."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with patched():
+            return self._function(*args, **kwargs)
+
+
+def _follow_checkpoints(hooks: list[Callable[..., Any]]) -> bool:
+    """Marks the non-reentrant checkpoints (torch.utils.checkpoint) whose forward is under way, so that they run on nllx when
+    they are computed again; and tells whether one is being computed again that is not marked.
+
+    Their hooks, which see what is saved, are the one place where they are found; what those hold is not public. Where they
+    hold something else nothing is marked, and a checkpoint that comes out otherwise raises CheckpointError, as it did.
+    """
+    for hook in map(inspect.unwrap, hooks):
+        if not inspect.isfunction(hook) or hook.__module__ != "torch.utils.checkpoint":
+            continue
+        held: dict[str, Any] = dict(inspect.getclosurevars(hook).nonlocals)
+        recomputed = "target_frame_ref" in held
+        frame: Any = held["target_frame_ref"]() if recomputed else held.get("frame")
+        function = getattr(frame, "recompute_fn", None)
+        if isinstance(function, _Recomputation) or function is None:
+            continue
+        if recomputed:
+            return True
+        frame.recompute_fn = _Recomputation(function)
+    return False
 
 
 def _run(name: str, reason: str | None, tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor:
@@ -142,11 +186,9 @@ def _log_softmax(
     return _run("log_softmax", _why_torch(input, dtype), (input,), (input, dim, _stacklevel + 2, dtype))
 
 
-_REPLACEMENTS: dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": _cross_entropy,
-    "nll_loss": _nll_loss,
-    "log_softmax": _log_softmax,
-}
+_REPLACEMENTS: dict[str, Callable[..., Tensor]] = _kept(
+    "_REPLACEMENTS", {"cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "log_softmax": _log_softmax}
+)
 for _name, _replacement in _REPLACEMENTS.items():
     # As torch's own: pickles hold the function's name, and mean whatever is there when they are loaded.
     _replacement.__name__ = _replacement.__qualname__ = _name
@@ -291,23 +333,64 @@ def convert(module: _Module, *, verbose: bool = True) -> _Module:
 
     Each stays the same object, with its weights, options, hooks and mode, and gets nllx's class (a subclass of torch's).
     Subclasses that users wrote are left as they are, since their ``forward`` may do anything, and so are modules whose
-    ``forward`` has been replaced (hooks of accelerate).
+    ``forward`` has been replaced (hooks of accelerate). Libraries that look modules up by ``type(module)`` and not by
+    ``isinstance`` (BackPACK, for one) do not know nllx's classes: :func:`revert` is the way back, and :func:`patch` leaves the
+    classes alone.
 
     Args:
         module: The model; changed in place.
-        verbose: Print a line for each module that was converted.
+        verbose: Print a line for each module that was converted, or one that there was none.
 
     Returns:
         ``module``.
     """
+    found = False
     for name, child in module.named_modules():
         replacement = _MODULES.get(type(child))
         if replacement is None:
             continue
+        found = True
         kept = "forward" in vars(child)
         if not kept:
             child.__class__ = replacement
         if verbose:
             left = " is left as it is, since its forward has been replaced" if kept else ""
             print(f"nllx.convert: {name or 'the module itself'}: {child}{left}")
+    if verbose and not found:
+        print(
+            f"nllx.convert: {type(module).__name__} holds no CrossEntropyLoss, NLLLoss or LogSoftmax of torch: nothing is "
+            "converted. Losses that are called as functions are nllx's with nllx.patch()"
+        )
+    return module
+
+
+def revert(module: _Module, *, verbose: bool = True) -> _Module:
+    """Makes nllx's losses inside of a model torch's, itself included: what :func:`convert` did, undone.
+
+    Each stays the same object, with its weights, options, hooks and mode, and gets torch's class; modules that were made as
+    nllx's too. What torch's has not is dropped: ``inplace_backward``, which changes no value.
+
+    Args:
+        module: The model; changed in place.
+        verbose: Print a line for each module that was reverted, or one that there was none.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: one has ``zero_division=0``, without which its values would be others; nothing is changed then.
+    """
+    originals = {ours: torchs for torchs, ours in _MODULES.items()}
+    found = [(name or "the module itself", child) for name, child in module.named_modules() if type(child) in originals]
+    for name, child in found:
+        if getattr(child, "zero_division", None) == 0:
+            raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no zero_division=0")
+    for name, child in found:
+        child.__class__ = originals[type(child)]
+        for option in ("inplace_backward", "zero_division"):
+            vars(child).pop(option, None)
+        if verbose:
+            print(f"nllx.revert: {name}: {child}")
+    if verbose and not found:
+        print(f"nllx.revert: {type(module).__name__} holds no loss of nllx")
     return module

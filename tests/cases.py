@@ -324,7 +324,9 @@ def build(case: Case, device: str | torch.device = "cpu") -> Problem:
     probabilities = PROBABILITIES[case.target](normal(rows, classes), index) if case.has_probabilities else None
     target_dtype = case.target_dtype or (case.dtype if case.has_probabilities else int64)
     if not case.has_probabilities:
-        index.clamp_(max=torch.iinfo(target_dtype).max)
+        index.clamp_(
+            max=1 if target_dtype == torch.bool else min(torch.iinfo(target_dtype).max, torch.iinfo(int64).max)
+        )
     if case.special:
         SPECIALS[case.special](logits, index, probabilities)
     if case.ignored:
@@ -539,14 +541,17 @@ def _dtypes() -> list[Case]:
     why = "each target dtype is read as what it is"
     cases = [
         Case(f"target_{_short(target_dtype)}_{op}_{_x(shape)}", why, shape, op=op,
-             target_dtype=target_dtype, ignored="" if target_dtype == uint8 else "some", ignore_index=-2)
-        for target_dtype in (int64, int32, int16, int8, uint8)
+             target_dtype=target_dtype, ignored="some" if target_dtype.is_signed else "", ignore_index=-2)
+        for target_dtype in (int64, int32, int16, int8, uint8, torch.uint16, torch.uint32, torch.uint64)
         for op in ("cross_entropy", "nll_loss")
         for shape in ((5, 300), (2, 11, 7))
     ]
     cases += [
         Case("target_byte_255_ignored", "byte 255 is 255, not -1", (5, 300), target_dtype=uint8, ignored="some",
              ignore_index=255),
+        Case("target_uint16_65535_ignored", "65535 is 65535, not -1", (5, 70_000), target_dtype=torch.uint16,
+             ignored="some", ignore_index=65535),
+        Case("target_bool", "two classes", (9, 2), target_dtype=torch.bool),
     ]
     why = "class weights keep their precision beside half logits"
     cases += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -288,3 +289,102 @@ def test_export(loss: torch.nn.Module) -> None:
     program = torch.export.export(loss, (x, target), dynamic_shapes=({0: batch}, {0: batch}))
     x, target = torch.randn(7, 5), torch.tensor([1, 4, -100, 0, 0, 2, 3])
     assert_close(program.module()(x, target), loss(x, target), rtol=0, atol=0)
+
+
+# Sizes that depend on data: what a mask leaves. Two masks leave as many rows, which the compiler cannot know.
+_MASK = torch.tensor([True, True, False, True, True, False])
+_MASKED = (
+    torch.arange(30.0).view(6, 5).cos(),
+    torch.tensor([0, 2, -100, 3, 4, 1]),
+    torch.arange(30.0).view(6, 5).softmax(1),
+)
+_w = torch.linspace(0.5, 2, 5)
+_DEPEND_ON_DATA: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda x, y, p, m, n: nllx.functional.cross_entropy(x[m], y[n]),
+    "none": lambda x, y, p, m, n: nllx.functional.cross_entropy(x[m], y[n], _w, reduction="none", label_smoothing=0.1),
+    "planes": lambda x, y, p, m, n: nllx.functional.cross_entropy(
+        x[m][:, :, None].expand(-1, -1, 3), y[n][:, None].expand(-1, 3)
+    ),
+    "probabilities": lambda x, y, p, m, n: nllx.functional.cross_entropy(x[m], p[n], _w),
+    "nll_loss": lambda x, y, p, m, n: nllx.functional.nll_loss(nllx.functional.log_softmax(x[m], 1), y[n], _w),
+    "value_and_grad": lambda x, y, p, m, n: nllx.functional.cross_entropy_value_and_grad(x[m], y[n])[1],
+    "out": lambda x, y, p, m, n: nllx.functional.cross_entropy_value_and_grad(x[m], y[n], out=torch.empty_like(x[m]))[
+        1
+    ],
+    "module": lambda x, y, p, m, n: nllx.CrossEntropyLoss()(x[m], y[n]),
+    "gradient of the gradient": lambda x, y, p, m, n: torch.func.grad(
+        lambda h: torch.func.grad(lambda g: nllx.functional.cross_entropy(g, y[m]))(h).square().sum()
+    )(x[m]),
+    "samples": lambda x, y, p, m, n: torch.func.vmap(nllx.functional.cross_entropy)(
+        x[m][:, None].expand(-1, 2, -1), y[m][:, None].expand(-1, 2)
+    ),
+    "packed": lambda x, y, p, m, n: nllx.functional.cross_entropy(x[: m.sum().item()], y[: n.sum().item()]),
+}
+
+
+@pytest.mark.parametrize("call", _DEPEND_ON_DATA.values(), ids=_DEPEND_ON_DATA.keys())
+def test_sizes_that_depend_on_data(call: Callable[..., Tensor]) -> None:
+    x, y, p = _MASKED
+    leaf, eager = (x.clone().requires_grad_() for _ in range(2))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        compiled = _compile(call, "aot_eager")
+        got, expected = compiled(leaf, y, p, _MASK, _MASK.clone()), call(eager, y, p, _MASK, _MASK)
+        assert_close(got, expected)
+        if got.requires_grad:
+            for loss in (got, expected):
+                loss.sum().backward()
+            assert_close(leaf.grad, eager.grad)
+        if call not in (_DEPEND_ON_DATA["gradient of the gradient"], _DEPEND_ON_DATA["samples"]):
+            with pytest.raises(ValueError, match=r"Expected input batch_size \(4\) to match target batch_size \(5\)"):
+                compiled(leaf, y, p, _MASK, _MASK | (y < 0))
+
+        class Model(torch.nn.Module):
+            def forward(self, *arguments: Tensor) -> Tensor:
+                return call(*arguments)
+
+        if call is not _DEPEND_ON_DATA["gradient of the gradient"]:
+            arguments = (x, y, p, _MASK, _MASK.clone())
+            assert_close(torch.export.export(Model(), arguments).module()(*arguments), expected)
+
+
+def test_dimensions_marked_as_unbacked() -> None:
+    x, y, _ = (tensor.clone() for tensor in _MASKED)
+    for tensor in (x, y):
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(nllx.functional.cross_entropy, backend=counter, fullgraph=True)
+    for rows in (6, 5, 1):
+        assert_close(compiled(x[:rows], y[:rows]), nllx.functional.cross_entropy(x[:rows], y[:rows]))
+
+
+_NUMPY: dict[str, dict[str, Any]] = {
+    "float64": {"label_smoothing": np.float64(0.1)},
+    "float32": {"label_smoothing": np.float32(0.25)},
+    "int64": {"ignore_index": np.int64(2)},
+    "int8": {"ignore_index": np.int8(-100)},
+    "both": {"ignore_index": np.int32(-100), "label_smoothing": np.float64(0.1)},
+}
+
+
+@pytest.mark.parametrize("options", _NUMPY.values(), ids=_NUMPY.keys())
+def test_numbers_of_numpy(options: dict[str, Any]) -> None:
+    """In functions, modules and patched torch, compiled and not."""
+    x = _MASKED[0].clone().requires_grad_()
+    y = torch.where(_MASKED[1] < 0, int(options.get("ignore_index", -100)), _MASKED[1])
+    expected = torch.nn.functional.cross_entropy(x, y, **{name: value.item() for name, value in options.items()})
+    module = nllx.CrossEntropyLoss(**options)
+    torchs = torch.nn.CrossEntropyLoss(**options)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: nllx.functional.cross_entropy(x, y, **options),
+        lambda: module(x, y),
+        lambda: nllx.functional.cross_entropy_value_and_grad(x.detach(), y, **options)[0],
+        lambda: torch.nn.functional.cross_entropy(x, y, **options),
+        lambda: torchs(x, y),
+    ]
+    with nllx.patched():
+        for call in calls:
+            assert_close(call().detach(), expected.detach())
+            # Of a float32 the compiler knows no value where torch's or nllx's function gets it; nllx's module keeps Python's.
+            if "float32" not in str([value.dtype for value in options.values()]) or call is calls[1]:
+                assert_close(_compile(call, "aot_eager")().detach(), expected.detach())
+    assert_close(torch.jit.script(module)(x, y).detach(), expected.detach())

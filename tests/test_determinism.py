@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -120,3 +120,69 @@ def test_size_of_the_batch(probabilities: bool) -> None:
     whole = gradient(slice(None))
     parts = [gradient(slice(start, start + 1000)) for start in range(0, rows, 1000)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+# A row's loss and gradient have the same bits whatever stands beside it (docs/how-it-works.md, "Batch invariance").
+
+_INVARIANT: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda x, y, p, w: nllx.functional.cross_entropy(x, y, w, reduction="none"),
+    "smoothed": lambda x, y, p, w: nllx.functional.cross_entropy(x, y, w, reduction="none", label_smoothing=0.1),
+    "probabilities": lambda x, y, p, w: nllx.functional.cross_entropy(x, p, w, reduction="none"),
+    "nll_loss": lambda x, y, p, w: nllx.functional.nll_loss(x, y, w, reduction="none"),
+    "log_softmax": lambda x, y, p, w: nllx.functional.log_softmax(x, 1),
+}
+
+
+def _rows_of(call: Callable[..., Tensor], x: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and gradients, a row each."""
+    leaf = x.detach().requires_grad_()
+    losses = call(leaf, *arguments)
+    (gradient,) = torch.autograd.grad(losses, leaf, torch.full_like(losses, 0.7))
+    if x.dim() == 3:
+        losses, gradient = (t.movedim(1, -1).flatten(0, 1) if t.dim() == 3 else t.flatten() for t in (losses, gradient))
+    return losses.detach(), gradient
+
+
+def _placed(rows: Tensor, place: str) -> Tensor:
+    count, classes = rows.shape
+    if place == "with gaps":
+        return torch.nn.functional.pad(rows, (0, 3), value=torch.nan)[:, :classes]
+    if place == "every second":
+        return rows.repeat_interleave(2, 0)[::2]
+    offset = {"as it is": 0, "from an offset": 1, "from another": 5}[place]
+    return torch.nn.functional.pad(rows.flatten(), (offset, 0))[offset:].view(count, classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", _INVARIANT.values(), ids=_INVARIANT.keys())
+def test_rows_do_not_depend_on_their_batch(call: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for classes in (1, 2, 7, 10, 33, 100, 257, 1000, 4097, 20_000):
+        rows = 70 if classes < 10_000 else 5
+        x = (torch.randn(rows, classes, generator=generator) * 5).to(dtype)
+        p = torch.rand(rows, classes, generator=generator).softmax(1).to(dtype)
+        y = torch.randint(classes, (rows,), generator=generator)
+        w = (torch.rand(classes, generator=generator) + 0.5).to(dtype)
+        whole = _rows_of(call, x, y, p, w)
+        for place in ("as it is", "with gaps", "every second", "from an offset", "from another"):
+            for size in (1, 2, 3, 64, rows):
+                chosen = torch.randperm(rows, generator=generator)[:size]
+                part = _rows_of(call, _placed(x[chosen], place), y[chosen], p[chosen], w)
+                for ours, theirs in zip(part, whole, strict=True):
+                    assert torch.equal(ours, theirs[chosen]), (classes, place, size)
+
+
+@pytest.mark.parametrize("call", _INVARIANT.values(), ids=_INVARIANT.keys())
+def test_pixels_do_not_depend_on_their_image(call: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 7, 21, 150, 1000):
+        x = torch.randn(3, classes, 130, generator=generator) * 5
+        p = torch.rand(x.shape, generator=generator).softmax(1)
+        y = torch.randint(classes, (3, 130), generator=generator)
+        w = torch.rand(classes, generator=generator) + 0.5
+        whole = _rows_of(call, x, y, p, w)
+        for size in (2, 3, 64, 129):
+            chosen = torch.randperm(130, generator=generator)[:size]
+            part = _rows_of(call, *(t[1:2, ..., chosen].contiguous() for t in (x, y, p)), w)
+            for ours, theirs in zip(part, whole, strict=True):
+                assert torch.equal(ours, theirs[130 + chosen]), (classes, size)

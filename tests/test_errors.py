@@ -65,7 +65,7 @@ def _mistakes_of_both_losses(op: str) -> list[Mistake]:
     bad("integer input", op, "not implemented", "Long", of=(x.long(), t))
     bad("boolean input", op, "not implemented", "Bool", of=(x > 0, t))
     bad("complex input", op, "not implemented", "Complex", of=(x + 0j, t))
-    for target in (t.float(), t.half(), t > 0, t + 0j):
+    for target in (t.float(), t.half(), t + 0j):
         dtype = str(target.dtype).removeprefix("torch.")
         bad(f"{dtype} target", op, "target has dtype", r"call target\.long\(\)", of=(x, target))
     bad("float64 weight", op, "weight", "Float but found Double", of=(x, t, ones(5).double()))

@@ -302,3 +302,25 @@ def test_dtypes_of_python() -> None:
             nllx.functional.log_softmax(x, 1, dtype=dtype)
     with pytest.raises(NotImplementedError):
         nllx.functional.log_softmax(x, 1, dtype=int)
+
+
+def test_nodes_of_the_graph() -> None:
+    """As those of torch's functions: classes of their own, which tools that draw or walk graphs show by name."""
+    x, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 2])
+    calls = {
+        "NllxCrossEntropyBackward": nllx.CrossEntropyLoss()(x, target),
+        "NllxNllLossBackward": nllx.NLLLoss()(x, target),
+        "NllxLogSoftmaxBackward": nllx.LogSoftmax(1)(x).sum().grad_fn.next_functions[0][0],
+    }
+    for name, found in calls.items():
+        node = found.grad_fn if isinstance(found, torch.Tensor) else found
+        assert type(node).__name__ == node.name() == name
+        assert isinstance(node, torch.autograd.graph.Node)
+        assert not issubclass(torch.Tensor, torch.autograd.graph.Node)
+        assert type(node.next_functions[0][0]).__name__ == "AccumulateGrad"
+    seen: list[str] = []
+    loss = calls["NllxCrossEntropyBackward"]
+    loss.grad_fn.register_prehook(lambda grads: seen.append("before"))
+    loss.grad_fn.register_hook(lambda inputs, grads: seen.append("after"))
+    loss.backward()
+    assert seen == ["before", "after"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
+import importlib
 import io
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +21,10 @@ import pytest
 import torch
 import torch.distributed.tensor
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import nllx
 
@@ -492,8 +497,235 @@ def test_counts_of_many_threads_add_up() -> None:
     assert nllx.patch_report()["cross_entropy"] == {"nllx": 3200}
 
 
-def test_onnx_gets_torchs_operators() -> None:
-    with mock.patch("torch.onnx.is_in_onnx_export", return_value=True), nllx.patched():
-        graph = torch.jit.trace(lambda x: F.log_softmax(x, 1), _x).graph
-    assert "nllx" not in str(graph)
-    assert "aten::log_softmax" in str(graph)
+class _Labelled(torch.nn.Module):
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(x, y)
+
+
+_EXPORTED: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Tensor, ...]]]] = {
+    "LogSoftmax": lambda: (torch.nn.Sequential(torch.nn.LogSoftmax(1)), (_x,)),
+    "nllx.LogSoftmax": lambda: (torch.nn.Sequential(nllx.LogSoftmax(1)), (_x,)),
+    "CrossEntropyLoss": lambda: (_Labelled(torch.nn.CrossEntropyLoss(_w)), (_x, _t)),
+    "nllx.CrossEntropyLoss": lambda: (_Labelled(nllx.CrossEntropyLoss(_w, ignore_index=3)), (_x, _t.int())),
+    "smoothed": lambda: (_Labelled(nllx.CrossEntropyLoss(_w, label_smoothing=0.1, ignore_index=3)), (_x, _t)),
+    "probabilities": lambda: (_Labelled(nllx.CrossEntropyLoss(_w)), (_x, _x.softmax(1))),
+    "nllx.NLLLoss": lambda: (_Labelled(nllx.NLLLoss(_w, reduction="none")), (_x, _t)),
+    "over nothing": lambda: (_Labelled(nllx.NLLLoss(zero_division=0, ignore_index=3)), (_x, _t * 0 + 3)),
+}
+
+
+@pytest.mark.parametrize("model", _EXPORTED.values(), ids=_EXPORTED.keys())
+@pytest.mark.parametrize("patched", [False, True])
+def test_onnx_gets_torchs_operators(model: Callable[[], Any], patched: bool) -> None:
+    """As both exporters trace it: torch.export, and torch.jit.trace. What they make of it is in tests/integrations."""
+    module, arguments = model()
+    expected = module(*arguments)
+    with (
+        mock.patch("torch.onnx.is_in_onnx_export", return_value=True),
+        nllx.patched() if patched else contextlib.nullcontext(),
+    ):
+        program = torch.export.export(module, arguments)
+        traced = torch.jit.trace(module, arguments, check_trace=False)
+    operators = [
+        *(str(node.target) for node in program.graph.nodes),
+        *(node.kind() for node in traced.inlined_graph.nodes()),
+    ]
+    assert not [operator for operator in operators if "nllx" in operator]
+    for run in (program.module(), traced):
+        assert_close(run(*arguments), expected)
+
+
+class _Registered(Tensor):
+    """As fastai's tensors: a function that is not registered refuses them."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in _TORCH.values() and str(function).startswith("<function"):
+            return NotImplemented
+        return super().__torch_function__(function, (Tensor,), args, kwargs or {})
+
+
+def test_classes_that_know_torchs_functions_alone() -> None:
+    x, target = _x.as_subclass(_Registered), _t.as_subclass(_Registered)
+    modules = nllx.convert(torch.nn.ModuleList([torch.nn.CrossEntropyLoss(_w), torch.nn.NLLLoss()]), verbose=False)
+    calls: list[Callable[[Any, Any], Tensor]] = [
+        lambda x, y: nllx.functional.cross_entropy(x, y, _w, label_smoothing=0.1, inplace_backward=True),
+        lambda x, y: nllx.functional.nll_loss(x, y, reduction="none"),
+        lambda x, y: nllx.functional.log_softmax(x, 1),
+        *modules,
+    ]
+    for call in calls:
+        for mixed in (call(x, target), call(x, _t), call(_x, target) if call is not calls[2] else call(x, _t)):
+            assert_close(mixed.as_subclass(Tensor), call(_x, _t))
+    for refused in (
+        lambda: nllx.functional.cross_entropy_value_and_grad(x, target),
+        lambda: nllx.functional.cross_entropy(x, target, zero_division=0),
+    ):
+        with pytest.raises(TypeError, match=r"no implementation found for 'nllx\.functional\.cross_entropy"):
+            refused()
+
+    class Nothing(Tensor):
+        @classmethod
+        def __torch_function__(cls, *arguments: Any) -> Any:
+            return NotImplemented
+
+    with pytest.raises(TypeError, match=r"no implementation found for 'nllx\.functional\.log_softmax"):
+        nllx.functional.log_softmax(_x.as_subclass(Nothing), 1)
+
+
+def _scripted(x: Tensor, y: Tensor) -> Tensor:
+    scores = nllx.functional.log_softmax(x, 1)
+    return nllx.functional.nll_loss(scores, y) + nllx.functional.cross_entropy(x, y, label_smoothing=0.1)
+
+
+def test_script_of_functions_that_call_nllx() -> None:
+    assert_close(torch.jit.script(_scripted)(_x, _t), _scripted(_x, _t))
+
+
+# Checkpoints whose forward and recomputation are not patched alike. Each ends with the backward.
+
+
+def _head(a: Tensor) -> Tensor:
+    return F.cross_entropy(a * 2, _t)
+
+
+def _checkpointed(head: Callable[[Tensor], Tensor], a: Tensor, **options: Any) -> Tensor:
+    return checkpoint(head, a, **{"use_reentrant": False, **options})
+
+
+def _forward_alone(a: Tensor, **options: Any) -> None:
+    with nllx.patched():
+        loss = _checkpointed(_head, a, **options)
+    loss.backward()
+
+
+def _patch_and_back(a: Tensor) -> None:
+    nllx.patch()
+    loss = _checkpointed(_head, a)
+    nllx.unpatch()
+    loss.backward()
+
+
+def _nested(a: Tensor) -> None:
+    with nllx.patched():
+        loss = _checkpointed(lambda b: _checkpointed(_head, b), a)
+    loss.backward()
+
+
+def _more_is_saved(a: Tensor) -> None:
+    """The recomputation begins with another operation than the loss."""
+    with nllx.patched():
+        loss = _checkpointed(lambda b: _head(b) * torch.ones([], requires_grad=True), a)
+    loss.backward()
+
+
+def _second_backward(a: Tensor) -> None:
+    with nllx.patched():
+        loss = _checkpointed(_head, a)
+        loss.backward(retain_graph=True)
+    a.grad = None
+    loss.backward()
+
+
+def _in_a_wrapper(a: Tensor) -> None:
+    module = checkpoint_wrapper(_Labelled(torch.nn.CrossEntropyLoss()))
+    with nllx.patched():
+        loss = module(a * 2, _t)
+    loss.backward()
+
+
+def _backward_alone(a: Tensor) -> None:
+    loss = _checkpointed(_head, a)
+    with nllx.patched():
+        loss.backward()
+
+
+def _nested_backward_alone(a: Tensor) -> None:
+    loss = _checkpointed(lambda b: _checkpointed(_head, b), a)
+    with nllx.patched():
+        loss.backward()
+
+
+_STEPS: dict[str, tuple[Callable[[Tensor], None], dict[str, int]]] = {
+    "forward alone": (_forward_alone, {"nllx": 2}),
+    "to its end": (functools.partial(_forward_alone, early_stop=False), {"nllx": 2}),
+    "reentrant": (functools.partial(_forward_alone, use_reentrant=True), {"nllx": 1}),
+    "patch and unpatch": (_patch_and_back, {"nllx": 2}),
+    "nested": (_nested, {"nllx": 2}),
+    "more is saved": (_more_is_saved, {"nllx": 2}),
+    "second backward": (_second_backward, {"nllx": 3}),
+    "wrapper": (_in_a_wrapper, {"nllx": 2}),
+    "backward alone": (_backward_alone, {"a checkpoint whose forward ran on torch": 1}),
+    "nested, backward alone": (_nested_backward_alone, {"a checkpoint whose forward ran on torch": 1}),
+}
+
+
+@pytest.mark.parametrize(("step", "counts"), _STEPS.values(), ids=_STEPS.keys())
+def test_checkpoints_are_computed_again_as_they_were(step: Callable[[Tensor], None], counts: dict[str, int]) -> None:
+    leaf = _x.clone().requires_grad_()
+    step(leaf)
+    assert_close(leaf.grad, _gradient(_head)[1])
+    assert nllx.patch_report()["cross_entropy"] == counts
+    assert _is_torchs()
+
+
+def test_reload() -> None:
+    patching = sys.modules["nllx.patching"]
+    for module in (patching, nllx.functional):
+        nllx.patch()
+        importlib.reload(module)
+        assert "nllx" in _gradient(lambda x: F.cross_entropy(x, _t))[2].lower()
+        patching.patch()
+        nllx.unpatch()
+        assert _is_torchs()
+    with nllx.patched():
+        importlib.reload(patching)
+        with patching.patched():
+            F.cross_entropy(_x, _t)
+        assert not _is_torchs()
+    assert _is_torchs()
+    assert nllx.patch_report()["cross_entropy"] == {"nllx": 3}
+
+
+def test_revert(capsys: pytest.CaptureFixture[str]) -> None:
+    net = torch.nn.ModuleDict(
+        {
+            "entropy": torch.nn.CrossEntropyLoss(_w, label_smoothing=0.1),
+            "scores": torch.nn.Sequential(torch.nn.LogSoftmax(1)),
+        }
+    )
+    before = {name: (child, type(child), dict(vars(child))) for name, child in net.named_modules()}
+    nllx.convert(net, verbose=False)
+    assert type(net["entropy"]) is nllx.CrossEntropyLoss
+    assert nllx.revert(net) is net
+    for name, child in net.named_modules():
+        same, kind, state = before[name]
+        assert child is same
+        assert type(child) is kind
+        assert vars(child) == state
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == ["entropy", "scores.0"]
+    assert "nllx" not in _gradient(lambda x: net["entropy"](x, _t))[2].lower()
+
+    built = torch.nn.ModuleList([nllx.NLLLoss(reduction="sum"), nllx.CrossEntropyLoss(inplace_backward=True)])
+    nllx.revert(built, verbose=False)
+    assert [type(child) for child in built] == [torch.nn.NLLLoss, torch.nn.CrossEntropyLoss]
+    assert repr(built[1]) == "CrossEntropyLoss()"
+    kept = torch.nn.ModuleList([nllx.NLLLoss(), nllx.NLLLoss(zero_division=0)])
+    with pytest.raises(ValueError, match=r"nllx.revert: 1: NLLLoss\(zero_division=0\)"):
+        nllx.revert(kept)
+    assert type(kept[0]) is nllx.NLLLoss
+    assert type(nllx.revert(nllx.LogSoftmax(1))) is torch.nn.LogSoftmax
+    assert "the module itself" in capsys.readouterr().out
+
+
+def test_nothing_to_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    nllx.convert(torch.nn.Linear(2, 2))
+    assert "Linear holds no CrossEntropyLoss, NLLLoss or LogSoftmax of torch" in capsys.readouterr().out
+    nllx.revert(torch.nn.Linear(2, 2))
+    assert capsys.readouterr().out == "nllx.revert: Linear holds no loss of nllx\n"
+    nllx.convert(torch.nn.Linear(2, 2), verbose=False)
+    assert capsys.readouterr().out == ""

@@ -216,15 +216,49 @@ class TestShapes:
 class TestDtypes:
     @pytest.mark.parametrize("op", LOSSES)
     @pytest.mark.parametrize("shape", [(6, 4), (2, 4, 3), (2, 4, 3, 2)])
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+    @pytest.mark.parametrize(
+        "dtype",
+        [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64, torch.bool],
+    )
     def test_nllx_index_dtypes(self, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         logits, target = torch.randn(shape), torch.randint(4, shape[:1] + shape[2:])
         target.view(-1)[1] = 3
+        if dtype == torch.bool:
+            target = target % 2
         smoothed = {"label_smoothing": 0.1} if op == "cross_entropy" else {}
         for options in ({}, {"ignore_index": 3}, smoothed):
             assert_close(getattr(N, op)(logits, target.to(dtype), **options), getattr(F, op)(logits, target, **options))
             expected = grad_of(F, op, logits, target, **options)
             assert_close(grad_of(N, op, logits, target.to(dtype), **options), expected)
+
+    @pytest.mark.parametrize("op", LOSSES)
+    def test_unsigned_targets_under_transforms(self, op: str) -> None:
+        """And in compiled code and gradients of gradients, which the definition has."""
+        for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.bool):
+            target = torch.tensor([[1, 0, 1], [0, 0, 1]])
+            logits = torch.randn(2, 3, 4, dtype=torch.float64)
+
+            def loss(x: Tensor, y: Tensor) -> Tensor:
+                return getattr(N, op)(x, y, ignore_index=0)
+
+            def second(x: Tensor, y: Tensor) -> Tensor:
+                return torch.func.grad(lambda a: torch.func.grad(loss)(a, y).square().sum())(x)
+
+            compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+            for call in (torch.func.vmap(loss), torch.func.vmap(torch.func.grad(loss)), torch.func.vmap(second)):
+                assert_close(call(logits, target.to(dtype)), call(logits, target))
+            assert_close(compiled(logits[0], target[0].to(dtype)), loss(logits[0], target[0]))
+
+    def test_unsigned_targets_out_of_range(self) -> None:
+        """As the numbers that they are: those that no int64 holds are no ignore_index of the same bits."""
+        for value in (2**16 - 1, 2**32 - 1, 2**64 - 1, 2**64 - 100):
+            target = torch.tensor([0, value], dtype=getattr(torch, f"uint{value.bit_length()}"))
+            shown = min(value, 2**63 - 1)
+            for shape in ((2, 5), (1, 5, 2)):
+                with pytest.raises(IndexError, match=f"Target {shown} is out of bounds"):
+                    N.cross_entropy(torch.randn(shape), target.view(shape[:1] + shape[2:]), ignore_index=-100)
+            with pytest.raises(IndexError, match=f"Target {shown}"):
+                torch.func.grad(lambda x, y=target: torch.func.grad(N.cross_entropy)(x, y).sum())(torch.randn(2, 5))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
     def test_output_and_gradient_have_the_dtype_of_the_input(self, dtype: torch.dtype) -> None:

@@ -118,7 +118,7 @@ NLLX_INLINE int64_t read_indices(const Index* from, int begin, int width, int64_
                                  int64_t first, TileTargets<acc>& s) {
   int64_t counted = 0, bad = 0;
   for (int i = begin; i < width; ++i) {
-    const int64_t y = from[i];
+    const int64_t y = as_index(from[i]);
     const bool ignored = y == ignore_index, valid = is_class(y, classes);
     s.index[i] = (valid & !ignored) ? number_in_window<acc>(y, first) : -1;
     counted += valid & !ignored;
@@ -183,6 +183,9 @@ NLLX_APART void read_window(const Targets& t, int64_t classes, int64_t row, int 
       NLLX_READ(kInt16, int16_t)
       NLLX_READ(kInt8, int8_t)
       NLLX_READ(kUInt8, uint8_t)
+      NLLX_READ(kUInt16, uint16_t)
+      NLLX_READ(kUInt32, uint32_t)
+      NLLX_READ(kUInt64, uint64_t)
 #undef NLLX_READ
   }
   if (bad) {  // rare, and the call raises: look again, one by one

@@ -19,11 +19,7 @@ __device__ __forceinline__ void report_bad_target(BadTarget* bad, int64_t row, i
 // For rows whose index is needed later.
 __device__ __forceinline__ void prefetch_index(const Targets& t, int64_t row) {
   if (!t.index) return;
-  const int bytes = t.index_type == IndexType::kInt64   ? 8
-                    : t.index_type == IndexType::kInt32 ? 4
-                    : t.index_type == IndexType::kInt16 ? 2
-                                                        : 1;
-  prefetch(static_cast<const char*>(t.index) + row * bytes);
+  prefetch(static_cast<const char*>(t.index) + row * bytes_of(t.index_type));
 }
 
 template <typename acc>

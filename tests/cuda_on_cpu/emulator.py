@@ -15,7 +15,8 @@ import torch
 from compilation import CSRC
 
 FLOAT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-INDEX_TYPES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.int8: 3, torch.uint8: 4}
+_INDICES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
+INDEX_TYPES = {getattr(torch, name): number for number, name in enumerate(_INDICES)}
 ROWS, PLANES = 0, 1  # nllx::Layout
 FAMILIES = ("tile rows", "register rows", "block rows", "planes")  # nllx::CudaFamily
 FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX = range(4)  # nllx::CudaOp

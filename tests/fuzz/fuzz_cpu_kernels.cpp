@@ -314,10 +314,7 @@ Problem decode(Bytes& in) {
 
 void fill_indices(std::vector<uint8_t>& bytes, IndexType type, int64_t rows, int64_t classes, bool in_range,
                   Stream& random, int64_t ignore_index) {
-  const size_t width = type == IndexType::kInt64   ? 8
-                       : type == IndexType::kInt32 ? 4
-                       : type == IndexType::kInt16 ? 2
-                                                   : 1;
+  const size_t width = static_cast<size_t>(bytes_of(type));
   bytes.assign(static_cast<size_t>(rows) * width, 0);
   for (int64_t row = 0; row < rows; ++row) {
     uint64_t y = random.next();
@@ -398,7 +395,7 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
     t.probabilities = probabilities->data();
     t.probability_strides = probabilities->strides();
   } else {
-    t.index_type = static_cast<IndexType>(in.below(5));
+    t.index_type = static_cast<IndexType>(in.below(8));
     fill_indices(indices, t.index_type, rows, e.classes, p.in_range, random, t.ignore_index);
     t.index = indices.data();
   }
@@ -552,7 +549,7 @@ void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<CpuCapability>
   fill(log_probs, p.values, random, false, p.type);
   Targets t;
   t.ignore_index = in.flip() ? -100 : 1;
-  t.index_type = static_cast<IndexType>(in.below(5));
+  t.index_type = static_cast<IndexType>(in.below(8));
   std::vector<uint8_t> indices;
   fill_indices(indices, t.index_type, rows, e.classes, p.in_range, random, t.ignore_index);
   t.index = indices.data();

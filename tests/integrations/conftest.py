@@ -17,7 +17,8 @@ os.environ.update(
 
 # What has to be there where the tests are not to be skipped: `make integrations`, and so CI.
 if os.environ.get("NLLX_REQUIRE_INTEGRATIONS") == "1":
-    for _name in ("transformers", "accelerate", "lightning", "torchmetrics", "timm", "segmentation_models_pytorch"):
+    _libraries = "transformers accelerate lightning torchmetrics timm segmentation_models_pytorch onnxscript"
+    for _name in _libraries.split():
         importlib.import_module(_name)
 
 

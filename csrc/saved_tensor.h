@@ -1,0 +1,49 @@
+// What a backward keeps of its forward, guarded against changes. SavedVariable alone compares versions only where no
+// hooks for saved tensors are installed; with them (torch.utils.checkpoint, save_on_cpu, users' own) it takes whatever
+// they give back, which may be the memory that they were given, with other numbers in it by now.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <type_traits>
+
+namespace nllx {
+
+// Nodes are counted by std::shared_ptr in torch 2.11 and by c10::intrusive_ptr in 2.13.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+// Raises autograd's error where a tensor has been changed since it was saved.
+void check_version(int64_t found, int64_t expected);
+
+// Whether hooks get what is saved now.
+bool has_default_hooks();
+
+// Compilers save for themselves, through the same hooks. So a forward operator notes on a result of its own how its
+// arguments were, if there are hooks, and the backward that gets this result compares. Where one gets a copy, nothing
+// is known, and nothing raised.
+void remember_versions(const at::Tensor& result, at::ArrayRef<at::Tensor> tensors);
+void check_versions(const at::Tensor& result, at::ArrayRef<at::Tensor> tensors);
+
+class SavedTensor {
+ public:
+  SavedTensor() = default;
+  SavedTensor(const at::Tensor& tensor, bool is_output);
+
+  // Raises where the tensor, or the memory that the hooks gave back, has been changed since it was saved.
+  at::Tensor unpack(NodePointer saved_for = nullptr) const;
+  // The same question without the tensor, before a compiler takes what is saved.
+  void check() const;
+
+  torch::autograd::SavedVariable& variable() { return variable_; }
+  const torch::autograd::SavedVariable& variable() const { return variable_; }
+
+ private:
+  void check_storage(const at::Tensor& tensor) const;
+
+  torch::autograd::SavedVariable variable_;
+  // Where it lies, without hooks: assigning to .data gives a tensor other memory and leaves its version.
+  const c10::StorageImpl* storage_ = nullptr;
+};
+
+}  // namespace nllx
