@@ -50,8 +50,11 @@ void check_no_functorch() {
 // Whether no other tensor lies in the memory of t, but the one that it is a view of, which autograd keeps and whose
 // version is that of t. Others (t.detach(), t.data, an array of NumPy) may be read later, and need not notice a change.
 bool is_alone_in_memory(const Tensor& t) {
+  const c10::Storage& storage = t.storage();
+  if (!storage.resizable()) return false;  // of NumPy, or of another process: not torch's own
   const auto* meta = torch::autograd::impl::get_view_autograd_meta(t);
-  return t.storage().use_count() <= (meta && meta->has_bw_view() ? 2 : 1);
+  const bool of_base = meta && meta->has_bw_view() && storage.is_alias_of(meta->get_backward_view().base_.storage());
+  return storage.use_count() <= (of_base ? 2 : 1);
 }
 
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
@@ -74,6 +77,7 @@ void check_weight_gradient(const char* op, const Tensor& target, const OptionalT
 struct CrossEntropyBackwardOp {
   static constexpr const char* kName = "NllxCrossEntropyBackward";
   static constexpr size_t kSaved = 5;  // logits, target, weight, row_stats, total_weight
+  static constexpr size_t kArguments = 3;
   static constexpr bool kSavesOutput = false;
 
   int64_t reduction = 0;
@@ -141,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
   if (!requires_grad(logits)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto result = cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-    remember_versions(std::get<1>(result), {logits, target, or_undefined(weight)});
+    if (has_default_hooks()) remember_versions(std::get<1>(result), {logits, target, or_undefined(weight)});
     return result;
   }
   return cross_entropy_with_backward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype,
@@ -216,7 +220,7 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
                                        const OptionalTensor& weight, const Tensor& row_stats,
                                        const Tensor& total_weight, int64_t reduction, c10::SymInt ignore_index,
                                        double label_smoothing) {
-  check_versions(row_stats, {logits, target, or_undefined(weight)});
+  if (versions_are_remembered()) check_versions(row_stats, {logits, target, or_undefined(weight)});
   if (any_has_tangent(grad_output, logits, target, weight) || any_requires_grad(grad_output, logits, target, weight)) {
     static const auto definition = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("nllx::_cross_entropy_backward_definition", "")
@@ -234,6 +238,7 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
 struct NllLossBackwardOp {
   static constexpr const char* kName = "NllxNllLossBackward";
   static constexpr size_t kSaved = 4;  // log_probs, target, weight, total_weight
+  static constexpr size_t kArguments = 3;
   static constexpr bool kSavesOutput = false;
 
   int64_t reduction = 0;
@@ -266,7 +271,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
   if (!requires_grad(log_probs)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto result = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
-    remember_versions(std::get<1>(result), {target, or_undefined(weight)});
+    if (has_default_hooks()) remember_versions(std::get<1>(result), {target, or_undefined(weight)});
     return result;
   }
   check_no_functorch();
@@ -284,7 +289,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
 Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
                                   const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
                                   c10::SymInt ignore_index) {
-  check_versions(total_weight, {target, or_undefined(weight)});
+  if (versions_are_remembered()) check_versions(total_weight, {target, or_undefined(weight)});
   // Linear in the incoming gradient.
   if (any_has_tangent(grad_output) || any_requires_grad(grad_output)) {
     static const auto definition = c10::Dispatcher::singleton()
@@ -306,6 +311,7 @@ Tensor nll_loss_backward_autograd(const Tensor& grad_output, const Tensor& log_p
 struct LogSoftmaxBackwardOp {
   static constexpr const char* kName = "NllxLogSoftmaxBackward";
   static constexpr size_t kSaved = 1;
+  static constexpr size_t kArguments = 0;
   static constexpr bool kSavesOutput = true;
 
   int64_t dim = 0;
@@ -334,7 +340,7 @@ Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
   if (!requires_grad(input)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor output = log_softmax_forward(input, dim);
-    remember_versions(output, {output});
+    if (has_default_hooks()) remember_versions(output, {output});
     return output;
   }
   check_no_functorch();
@@ -348,7 +354,7 @@ Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
 }
 
 Tensor log_softmax_backward_autograd(const Tensor& grad_output, const Tensor& output, int64_t dim) {
-  check_versions(output, {output});
+  if (versions_are_remembered()) check_versions(output, {output});
   if (any_has_tangent(grad_output, output) || any_requires_grad(grad_output, output)) {
     static const auto definition = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("nllx::_log_softmax_backward_definition", "")

@@ -18,7 +18,8 @@
 namespace nllx {
 
 // A type `Op` has
-//   kName, kSaved and kSavesOutput: the name, the number of tensors saved, and whether they are outputs of the forward
+//   kName, kSaved, kArguments and kSavesOutput: the name, the number of tensors saved, how many of them, the first, are
+//   arguments, and whether they are outputs of the forward
 //   its options as members, and visit(f), which calls f with each of them
 //   Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const: the gradient of the one
 //   input that has one
@@ -31,7 +32,9 @@ class BackwardNode final : public torch::autograd::Node {
   explicit BackwardNode(Op op) : op_(std::move(op)) {}
 
   void save(const Saved& tensors) {
-    for (size_t i = 0; i < Op::kSaved; ++i) saved_[i] = SavedTensor(tensors[i], Op::kSavesOutput);
+    for (size_t i = 0; i < Op::kSaved; ++i) {
+      saved_[i] = SavedTensor(tensors[i], Op::kSavesOutput, /*is_argument=*/i < Op::kArguments);
+    }
   }
 
   std::string name() const override { return Op::kName; }
@@ -45,7 +48,7 @@ class BackwardNode final : public torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& saved : saved_) saved.variable().reset_data();
+    for (auto& saved : saved_) saved.release();
   }
 
   // Compiled autograd: what the compiled graph depends on, and the backward as a function of what is saved.

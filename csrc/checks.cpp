@@ -173,6 +173,9 @@ void check_loss_arguments(const LossArguments& a) {
                 a.target.scalar_type(), ": target has dtype ", a.target.scalar_type(),
                 " and the shape of class indices; call target.long()");
   }
+  TORCH_CHECK(probabilities || a.target.scalar_type() != ScalarType::UInt64 || a.ignore_index != INT64_MAX, a.op,
+              ": ignore_index ", number(a.ignore_index),
+              " cannot be told from larger indices in a target of dtype UInt64; take another one");
   TORCH_CHECK_VALUE(a.reduction >= 0 && a.reduction <= 3, a.op, ": ", number(a.reduction),
                     " is not a valid value for reduction; the operator takes 0 (none), 1 (mean), 2 (sum) or 3 (mean, 0 "
                     "over nothing)");

@@ -61,11 +61,12 @@ struct Operation {
 class SavedArgument {
  public:
   SavedArgument(const Tensor& wrapper, Tensor plain)
-      : wrapper_(wrapper, /*is_output=*/false), plain_(std::move(plain)), version_(version()) {}
+      : wrapper_(wrapper, /*is_output=*/false), plain_(std::move(plain)), version_(version()), memory_(plain_) {}
 
   Tensor unpack() const {
     Tensor wrapper = wrapper_.unpack();
     check_version(version(), version_);
+    if (plain_.defined()) memory_.check(plain_);
     return wrapper;
   }
 
@@ -80,6 +81,7 @@ class SavedArgument {
   torch::autograd::SavedVariable wrapper_;
   Tensor plain_;
   int64_t version_;
+  Memory memory_;
 };
 
 // The derivatives of one level of grad, of whatever argument: the kernel's where there is one. The graph of grad is

@@ -5,7 +5,10 @@
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -34,13 +37,21 @@ const c10::StorageImpl* storage_of(const Tensor& t) {
   return t.has_storage() ? t.storage().unsafeGetStorageImpl() : nullptr;
 }
 
+c10::weak_intrusive_ptr<c10::StorageImpl> no_storage() {
+  return c10::weak_intrusive_ptr<c10::StorageImpl>(c10::intrusive_ptr<c10::StorageImpl>());
+}
+c10::weak_intrusive_ptr<c10::StorageImpl> weak_storage_of(const Tensor& t) {
+  return t.has_storage() ? t.storage().getWeakStorageImpl() : no_storage();
+}
+
 // Under another storage too, as arrays of NumPy and DLPack come back.
 bool lies_in(const Tensor& t, const c10::StorageImpl& storage) {
   if (!t.has_storage()) return false;
   if (t.storage().unsafeGetStorageImpl() == &storage) return true;
-  const auto* begin = static_cast<const char*>(storage.data());
-  const auto* at = static_cast<const char*>(t.storage().data());
-  return begin && at >= begin && at < begin + storage.nbytes();
+  const auto *begin = static_cast<const char*>(storage.data()), *own = static_cast<const char*>(t.storage().data());
+  if (!begin || !own || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
+  const char* first = own + t.storage_offset() * static_cast<int64_t>(t.element_size());
+  return first >= begin && first < begin + storage.nbytes();
 }
 
 // Where a tensor was, and at which version, when a backward was to need it.
@@ -49,37 +60,38 @@ class Version {
   Version() = default;
   explicit Version(const Tensor& t) {
     if (!t.defined() || t.is_inference() || !t.has_storage()) return;
-    storage_ = t.storage().getWeakStorageImpl();
+    storage_ = weak_storage_of(t);
     counter_ = torch::autograd::impl::version_counter(t);
     version_ = counter_.current_version();
   }
 
+  bool is_alive() const { return !storage_.expired(); }
+  bool is_of_same_memory(const Version& other) const {
+    return storage_._unsafe_get_target() == other.storage_._unsafe_get_target();
+  }
+  bool holds(const Tensor& t) const {
+    const auto storage = storage_.lock();
+    return storage && t.defined() && lies_in(t, *storage);
+  }
   void check() const {
     if (counter_.enabled()) check_version(counter_.current_version(), version_);
   }
   // What lies elsewhere is a copy, and right whatever has become of the original.
   void check(const Tensor& t) const {
-    if (const auto storage = storage_.lock(); storage && lies_in(t, *storage)) check();
+    if (holds(t)) check();
   }
 
  private:
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage_{c10::intrusive_ptr<c10::StorageImpl>()};
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage_ = no_storage();
   c10::VariableVersion counter_;
   int64_t version_ = 0;
 };
 
-// Goes along with a tensor, and with others over its memory (detach), but not with copies.
-struct Versions final : c10::BackendMeta {
-  explicit Versions(std::vector<Version> versions) : versions(std::move(versions)) {}
-  static const Versions* of(const Tensor& t) {
-    return dynamic_cast<const Versions*>(t.unsafeGetTensorImpl()->get_backend_meta());
-  }
-  const std::vector<Version> versions;
+// What hooks were given. Goes along with a tensor, and with others over its memory (detach), but not with copies.
+struct Given final : c10::BackendMeta {
+  explicit Given(Version version) : version(std::move(version)) {}
+  const Version version;
 };
-
-void attach(const Tensor& t, std::vector<Version> versions) {
-  t.unsafeGetTensorImpl()->set_backend_meta(c10::make_intrusive<Versions>(std::move(versions)));
-}
 
 // Hooks of the user, and whether what they give back is still what they got: the memory of the original, or of what a
 // checkpoint has computed again and its own forward has saved, which the node that asks for it has never seen.
@@ -89,14 +101,17 @@ class CheckedHooks final : public SavedVariableHooks {
 
   void call_pack_hook(const Tensor& tensor) override {
     saved_ = Version(tensor);
-    attach(tensor, {saved_});
+    tensor.unsafeGetTensorImpl()->set_backend_meta(c10::make_intrusive<Given>(saved_));
     hooks_->call_pack_hook(tensor);
   }
 
   Tensor call_unpack_hook() override {
     Tensor tensor = hooks_->call_unpack_hook();
-    saved_.check(tensor);
-    if (const auto* recomputed = Versions::of(tensor)) recomputed->versions[0].check(tensor);
+    if (saved_.holds(tensor)) {
+      saved_.check();
+    } else if (const auto* recomputed = dynamic_cast<const Given*>(tensor.unsafeGetTensorImpl()->get_backend_meta())) {
+      recomputed->version.check(tensor);
+    }
     return tensor;
   }
 
@@ -123,11 +138,20 @@ SavedVariable without_hooks(const Tensor& tensor, bool is_output) {
 
 }  // namespace
 
-SavedTensor::SavedTensor(const Tensor& tensor, bool is_output) {
+Memory::Memory(const Tensor& t) : storage_(weak_storage_of(t)), data_(t.has_storage() ? t.storage().data() : nullptr) {}
+
+void Memory::check(const Tensor& t) const {
+  TORCH_CHECK(
+      storage_of(t) == storage_._unsafe_get_target() && (!data_ || t.storage().data() == data_),
+      "one of the variables needed for gradient computation has been given other memory since the forward (by an "
+      "assignment to its .data, say)");
+}
+
+SavedTensor::SavedTensor(const Tensor& tensor, bool is_output, bool is_argument) {
   if (!tensor.defined()) return;
   if (!has_default_hooks()) {
     variable_ = SavedVariable(tensor, is_output);
-    storage_ = storage_of(tensor);
+    if (is_argument) memory_.emplace(tensor);
     return;
   }
   variable_ = without_hooks(tensor, is_output);
@@ -135,31 +159,74 @@ SavedTensor::SavedTensor(const Tensor& tensor, bool is_output) {
       std::make_unique<CheckedHooks>(torch::autograd::Engine::get_default_engine().get_default_saved_variable_hooks()));
 }
 
-void SavedTensor::check_storage(const Tensor& tensor) const {
-  TORCH_CHECK(
-      !storage_ || storage_ == storage_of(tensor),
-      "one of the variables needed for gradient computation has been given other memory since the forward (by an "
-      "assignment to its .data, say)");
-}
-
 Tensor SavedTensor::unpack(NodePointer saved_for) const {
   Tensor tensor = variable_.unpack(std::move(saved_for));
-  if (!variable_.has_hooks() && tensor.defined()) check_storage(tensor);
+  if (memory_) memory_->check(tensor);
   return tensor;
 }
 
 void SavedTensor::check() const {
-  if (const auto data = variable_.get_raw_data(); data.has_value() && data->defined()) check_storage(*data);
+  if (!memory_) return;
+  if (const auto data = variable_.get_raw_data(); data.has_value() && data->defined()) memory_->check(*data);
 }
 
+void SavedTensor::release() {
+  variable_.reset_data();
+  memory_.reset();
+}
+
+namespace {
+
+// What forward operators have noted, as long as the memory lives that it is about.
+struct Note {
+  c10::weak_intrusive_ptr<c10::StorageImpl> result;
+  const void* result_data;
+  std::vector<Version> versions;
+
+  bool is_on(const Tensor& t) const { return !result.expired() && t.storage().data() == result_data; }
+};
+std::mutex notes_mutex;
+std::atomic<bool> any_note = false;  // in most processes there never is one
+std::vector<Note>& notes() {
+  static auto* notes = new std::vector<Note>;  // never destroyed: threads may outlive the end of the process
+  return *notes;
+}
+
+}  // namespace
+
+bool versions_are_remembered() { return any_note.load(std::memory_order_relaxed); }
+
 void remember_versions(const Tensor& result, at::ArrayRef<Tensor> tensors) {
-  if (has_default_hooks()) attach(result, std::vector<Version>(tensors.begin(), tensors.end()));
+  if (!result.has_storage()) return;
+  Note note{weak_storage_of(result), result.storage().data(), {tensors.begin(), tensors.end()}};
+  const std::lock_guard<std::mutex> lock(notes_mutex);
+  auto& all = notes();
+  // Memory that is gone, and forwards whose results are gone and that a later one has followed.
+  all.erase(std::remove_if(all.begin(), all.end(),
+                           [&](const Note& old) {
+                             const Version& first = old.versions[0];
+                             return !first.is_alive() ||
+                                    (old.result.expired() && first.is_of_same_memory(note.versions[0]));
+                           }),
+            all.end());
+  all.push_back(std::move(note));
+  any_note = true;
 }
 
 void check_versions(const Tensor& result, at::ArrayRef<Tensor> tensors) {
-  const Versions* remembered = Versions::of(result);
-  if (!remembered || remembered->versions.size() != tensors.size()) return;
-  for (size_t i = 0; i < tensors.size(); ++i) remembered->versions[i].check(tensors[i]);
+  const std::lock_guard<std::mutex> lock(notes_mutex);
+  const auto& all = notes();
+  if (!result.has_storage()) return;
+  const auto check = [&](const Note& note) {
+    for (size_t i = 0; i < tensors.size(); ++i) note.versions[i].check(tensors[i]);
+  };
+  for (auto note = all.rbegin(); note != all.rend(); ++note) {
+    if (note->versions.size() == tensors.size() && note->is_on(result)) return check(*note);
+  }
+  // Hooks have given a copy of the result: the last forward on this memory has to do.
+  for (auto note = all.rbegin(); note != all.rend(); ++note) {
+    if (note->versions.size() == tensors.size() && note->versions[0].holds(tensors[0])) return check(*note);
+  }
 }
 
 }  // namespace nllx

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <optional>
 #include <type_traits>
 
 namespace nllx {
@@ -19,31 +20,42 @@ void check_version(int64_t found, int64_t expected);
 // Whether hooks get what is saved now.
 bool has_default_hooks();
 
-// Compilers save for themselves, through the same hooks. So a forward operator notes on a result of its own how its
-// arguments were, if there are hooks, and the backward that gets this result compares. Where one gets a copy, nothing
-// is known, and nothing raised.
+// Compilers save for themselves, through the same hooks. So a forward operator notes how its arguments were, if there
+// are hooks, and the backward that gets its result compares. Where the arguments have been copied, there is nothing to
+// raise.
+bool versions_are_remembered();
 void remember_versions(const at::Tensor& result, at::ArrayRef<at::Tensor> tensors);
 void check_versions(const at::Tensor& result, at::ArrayRef<at::Tensor> tensors);
+
+// Where a tensor lies: assigning to .data gives it other memory and leaves its version, as does a storage that is freed
+// and grown again, as far as the allocator has other memory then.
+class Memory {
+ public:
+  explicit Memory(const at::Tensor& t);
+  void check(const at::Tensor& t) const;
+
+ private:
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage_;  // whose address no other storage gets
+  const void* data_;
+};
 
 class SavedTensor {
  public:
   SavedTensor() = default;
-  SavedTensor(const at::Tensor& tensor, bool is_output);
+  SavedTensor(const at::Tensor& tensor, bool is_output, bool is_argument);
 
   // Raises where the tensor, or the memory that the hooks gave back, has been changed since it was saved.
   at::Tensor unpack(NodePointer saved_for = nullptr) const;
   // The same question without the tensor, before a compiler takes what is saved.
   void check() const;
+  void release();
 
   torch::autograd::SavedVariable& variable() { return variable_; }
   const torch::autograd::SavedVariable& variable() const { return variable_; }
 
  private:
-  void check_storage(const at::Tensor& tensor) const;
-
   torch::autograd::SavedVariable variable_;
-  // Where it lies, without hooks: assigning to .data gives a tensor other memory and leaves its version.
-  const c10::StorageImpl* storage_ = nullptr;
+  std::optional<Memory> memory_;  // of arguments, without hooks
 };
 
 }  // namespace nllx

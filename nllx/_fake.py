@@ -102,6 +102,13 @@ def check_arguments(
     check_dtype(op, input.dtype)
     if not probabilities:
         _check_index_target(op, name, input, target)
+    torch._check(
+        target.dtype != torch.uint64 or ignore_index != 2**63 - 1,
+        lambda: (
+            f"{op}: ignore_index {ignore_index} cannot be told from larger indices in a target of dtype UInt64; take "
+            "another one"
+        ),
+    )
     if reduction not in (NONE, MEAN, SUM, MEAN_OR_ZERO):
         raise ValueError(f"{op}: {reduction} is not a valid value for reduction")
     torch._check(

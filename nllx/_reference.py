@@ -133,8 +133,18 @@ def cross_entropy_forward(
     if valid is not None:
         x = torch.where(valid, x, torch.zeros_like(x))
     dim = class_dim(logits)
-    rows = -_weighted(a, torch.log_softmax(x, dim)).sum(dim)
+    rows = -_weighted(a, _log_softmax(x, dim)).sum(dim)
     return _reduce(rows, total_weight, reduction).to(loss_dtype), _row_stats(x, valid, dim), total_weight
+
+
+def _log_softmax(x: Tensor, dim: int) -> Tensor:
+    """Of torch's own the forward derivative cannot be differentiated (an exponential is changed in place, which under hooks for
+    saved tensors goes unnoticed)."""
+    if x.dim() == 0 or holds(x.shape[dim] == 0):
+        return torch.log_softmax(x, dim)
+    m = x.detach().amax(dim, keepdim=True)
+    x = x - torch.where(m.isinf() & (m < 0), torch.zeros_like(m), m)
+    return x - x.exp().sum(dim, keepdim=True).log()
 
 
 def _row_stats(x: Tensor, valid: Tensor | None, dim: int) -> Tensor:
@@ -235,7 +245,7 @@ def log_softmax_forward(input: Tensor, dim: int) -> Tensor:
     """log_softmax, computed in float32 or wider and rounded once."""
     check_log_softmax(input, dim)
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return torch.log_softmax(input.to(acc), dim).to(input.dtype)
+    return _log_softmax(input.to(acc), dim).to(input.dtype)
 
 
 def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:

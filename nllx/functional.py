@@ -199,14 +199,17 @@ def cross_entropy(
         reduction: ``"mean"`` divides the sum by the sum of :math:`w_y` over the rows that count (index targets) or by the
             number of rows (probabilities); ``"sum"``; ``"none"`` returns one loss per row.
         label_smoothing: :math:`\varepsilon` in [0, 1].
-        inplace_backward: Write the gradient over the logits, which saves its memory and the time to map it. Safe where
-            nothing reads the logits after ``backward()``: a linear layer in front of the loss does not, but metrics made
-            from them later, and activations that save their output (``tanh``, ``softmax``), do. Autograd notices most
-            misuse, since the logits' version counter rises: another backward through the same graph, or through one that
-            saved the logits, raises RuntimeError. It does not notice ``logits.detach()`` or ``logits.data`` kept for later,
-            which change with the logits. The logits must be the output of an operation, not a leaf, and not
-            expanded. Where the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and
-            ``torch.compile``, it is a fresh tensor as ever.
+        inplace_backward: The gradient may be written over the logits, which saves its memory and the time to map it. The
+            logits hold the gradient after ``backward()``. Nothing may read them during or after it (a checkpoint's
+            recomputation, a hook, another thread), nor write to them while a gradient that autograd passes on as it is,
+            through sums, views and copies, may be kept by a leaf. Their version counter rises, so that another backward
+            through the same graph, or through an operation that saved the logits, raises RuntimeError. The gradient is a
+            fresh tensor as ever where something else lies in the memory of the logits (``logits.detach()``, an array of
+            NumPy, another view, an activation that saved them as its output; a capsule of DLPack is not seen), where hooks
+            for saved tensors were installed when the loss was computed (``torch.utils.checkpoint``, ``save_on_cpu``), where
+            the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and ``torch.compile``.
+            What an operation saved through such hooks, while the loss was computed outside of them, is not noticed: as with
+            all of torch's in-place operations. The logits must be the output of an operation, not a leaf, and not expanded.
         zero_division: What the mean over nothing is: NaN, as torch has it, or 0, with a gradient of 0. Nothing is an empty
             input, rows that are all ignored, or targets whose weights sum to 0.
 
@@ -260,9 +263,8 @@ def cross_entropy(
     _check_tensors("cross_entropy", input=input, target=target, weight=weight)
     if _reference.in_onnx_export():
         return _in_onnx("cross_entropy", input, target, weight, number, ignore_index, label_smoothing)
-    return _cross_entropy(
-        input, target, weight, number, ignore_index, label_smoothing, inplace_backward=bool(inplace_backward)
-    )
+    # Not in place: a compiler's backends differ in what they let the operator see.
+    return _cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
 
 
 def cross_entropy_value_and_grad(

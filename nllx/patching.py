@@ -239,7 +239,8 @@ def patch() -> None:
     ``torch.log_softmax``, ``torch.special.log_softmax``, methods (``Tensor.log_softmax``) and code of ``torch.jit.script`` are
     not routed. (Names imported before do come to nllx where torch looks its own function up again: under a ``torch.device``
     context, and for subclasses of Tensor, whose ``__torch_function__`` then gets nllx's.) Graphs that were compiled or traced
-    by ``torch.fx`` while patched keep nllx's operators.
+    by ``torch.fx`` while patched keep nllx's operators. What a non-reentrant checkpoint (``torch.utils.checkpoint``) computes
+    again runs on what its forward ran on, patched or not by then.
 
     nllx saves the logits where torch saves their log-softmax. Logits that are changed in place between forward and backward
     raise RuntimeError; torch does not look at them again. Changes that autograd does not see (``logits.data``, NumPy) make

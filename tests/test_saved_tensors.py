@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import allow_mutation_on_saved_tensors, save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -115,6 +117,15 @@ def _replaced(a: Tensor, ce: Any) -> Tensor:
     return loss + a.exp().sum()
 
 
+def _replaced_twice(a: Tensor, ce: Any) -> Tensor:
+    """The second memory may have the address of the first."""
+    h = a * 2
+    loss = ce(h, t)
+    h.data = torch.ones_like(h)
+    h.data = torch.zeros_like(h)
+    return loss + a.exp().sum()
+
+
 def _set(a: Tensor, ce: Any) -> Tensor:
     h = a * 2
     loss = ce(h, t)
@@ -157,6 +168,7 @@ _RUNS: dict[str, Run] = {
     "NumPy": _hooks(lambda saved: saved.detach().numpy(), torch.from_numpy),
     "DLPack": _hooks(lambda saved: saved.detach(), torch.from_dlpack),
     "clone": _hooks(lambda saved: saved.clone()),
+    "clones of the small": _hooks(lambda saved: saved if saved.numel() > 12 else saved.clone()),
     "save_on_cpu": _under(save_on_cpu),
     "checkpoint": _checkpoint(),
     "reentrant checkpoint": _checkpoint(use_reentrant=True),
@@ -304,7 +316,10 @@ _OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("operator", _OPERATORS)
-@pytest.mark.parametrize("run", ["no hooks", "identity", "detach", "clone", "checkpoint to its end"])
+@pytest.mark.parametrize(
+    "run",
+    ["no hooks", "identity", "detach", "NumPy", "DLPack", "clone", "clones of the small", "checkpoint to its end"],
+)
 def test_compiled(operator: str, run: str) -> None:
     """Compiled functions save for themselves, through the same hooks."""
     torch._dynamo.reset()
@@ -384,6 +399,123 @@ def test_what_was_kept_of_the_logits_stays(kept: Callable[[Tensor], Any]) -> Non
     assert_close(gradient, _gradient(_RUNS["no hooks"], lambda a: F.cross_entropy(a * 2, t)))
 
 
+def test_memory_that_is_not_torchs_own_is_not_written_over() -> None:
+    """Of NumPy, or of a storage that the base of a view has left."""
+    array = x.numpy() * 0
+    leaf = x.clone().requires_grad_()
+    h = torch.from_numpy(array).copy_(leaf * 2)
+    nllx.functional.cross_entropy(h, t, inplace_backward=True).backward()
+    assert_close(torch.from_numpy(array), x * 2)
+    h = leaf * 2
+    view = h.view(-1, 5)
+    kept = view.detach()
+    with torch.no_grad():
+        h.set_(torch.zeros_like(h))
+    before = kept.clone()
+    with contextlib.suppress(RuntimeError):  # the version of the base has risen
+        nllx.functional.cross_entropy(view, t, inplace_backward=True).backward()
+    assert_close(kept, before)
+
+
+def test_compiled_without_a_backend_is_not_in_place() -> None:
+    """Where Dynamo traces an autograd.Function, versions are not compared."""
+
+    class Squares(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            ctx.save_for_backward(h)
+            return h.square().sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    def head(a: Tensor, ce: Any) -> Tensor:
+        h = a * 2
+        z = Squares.apply(h)
+        return ce(h, t) + z
+
+    torch._dynamo.reset()
+    inplace = torch.compile(
+        lambda a: head(a, lambda h, y: nllx.functional.cross_entropy(h, y, inplace_backward=True)), backend="eager"
+    )
+    expected = _gradient(_RUNS["no hooks"], lambda a: head(a, F.cross_entropy))
+    assert_close(_gradient(_RUNS["no hooks"], inplace), expected)
+
+
+def test_memory_that_begins_before() -> None:
+    """Hooks that keep nothing, and find the logits again in the memory that they lie in."""
+    memory, alive = bytearray(800), []
+
+    def find(kept: Tensor | None) -> Tensor:
+        return torch.frombuffer(memory, dtype=torch.float64)[10:40].view(6, 5) if kept is None else kept
+
+    def head(a: Tensor) -> Tensor:
+        lying = torch.frombuffer(memory, dtype=torch.float64, offset=80, count=30).view(6, 5)
+        h = lying.copy_(a * 2)
+        alive.append(h)
+        loss = nllx.functional.cross_entropy(h, t)
+        with torch.no_grad():
+            h.mul_(0.5)
+        return loss
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _gradient(_hooks(lambda saved: None if saved.shape == (6, 5) else saved, find), head)
+
+
+def test_hooks_that_keep_memory_once() -> None:
+    """Of two forwards on the same memory, at two versions: the second is right, and the first is not."""
+    kept: dict[Any, Tensor] = {}
+    once = _hooks(lambda saved: kept.setdefault((saved.data_ptr(), saved.shape), saved))
+
+    def head(a: Tensor, first: bool) -> Tensor:
+        kept.clear()
+        h = a * 2
+        losses = [nllx.functional.cross_entropy(h, t)]
+        with torch.no_grad():
+            h.mul_(0.5)
+        losses.append(nllx.functional.cross_entropy(h, t))
+        return losses[0 if first else 1]
+
+    assert_close(
+        _gradient(once, lambda a: head(a, False)), _gradient(_RUNS["no hooks"], lambda a: F.cross_entropy(a, t)) * 2
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _gradient(once, lambda a: head(a, True))
+
+
+@pytest.mark.parametrize("run", ["no hooks", "identity", "checkpoint", "clone"])
+@pytest.mark.parametrize("op", ["cross_entropy", "log_softmax", "nll_loss"])
+def test_forward_derivatives_are_differentiated(op: str, run: str) -> None:
+    """Of torch's log_softmax they are not: an error, or wrong where hooks keep the memory."""
+    direction = x.flip(0).cos()
+
+    def call(a: Tensor) -> Tensor:
+        if op == "log_softmax":
+            return (nllx.functional.log_softmax(a, 1) * x).sum()
+        return getattr(nllx.functional, op)(a, t)
+
+    def head(a: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(call(forward_ad.make_dual(a * 2, direction))).tangent
+        assert tangent is not None
+        return tangent + 0 * a.sum()
+
+    def defined(a: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(call(h := a * 2), h, create_graph=True)
+        return (first * direction).sum() + 0 * a.sum()
+
+    assert_close(_gradient(_RUNS[run], head), _gradient(_RUNS["no hooks"], defined))
+
+
+def test_memory_replaced_before_a_pullback() -> None:
+    h = x.clone()
+    _, pullback = torch.func.vjp(lambda a: nllx.functional.cross_entropy(a, t), h)
+    h.data = torch.zeros_like(h)
+    with pytest.raises(RuntimeError, match="given other memory"):
+        pullback(torch.ones([]).double())
+
+
 def test_alone_the_logits_become_the_gradient() -> None:
     """Of a view too, as language models have it, whose base autograd keeps."""
     for kept in (lambda h: None, lambda h: h):
@@ -401,3 +533,66 @@ def test_hooks_get_the_memory_of_the_logits() -> None:
     with saved_tensors_hooks(lambda saved: got.append(saved.data_ptr()), lambda kept: kept):
         nllx.functional.cross_entropy(h, t)
     assert got[0] == h.data_ptr()
+
+
+# What docs/differences.md says of it.
+
+
+def test_logits_reused_in_a_compiled_step() -> None:
+    def step(a: Tensor, ce: Any) -> Tensor:
+        h = a * 2
+        loss = ce(h, t)
+        h.mul_(0.5)
+        return loss + h.sum()
+
+    for ce, raises in ((F.cross_entropy, False), (nllx.functional.cross_entropy, True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda a, ce=ce: step(a, ce), backend="aot_eager")
+        with pytest.raises(Exception, match="modified by an inplace operation") if raises else contextlib.nullcontext():
+            compiled(x.clone().requires_grad_()).backward()
+
+
+def test_hooks_of_lower_precision() -> None:
+    def error(ce: Any, dtype: torch.dtype, offset: float) -> float:
+        def head(a: Tensor) -> Tensor:
+            return ce(a + offset, t)
+
+        run = _hooks(
+            lambda saved: saved.to(dtype) if saved.is_floating_point() else saved,
+            lambda kept: kept.double() if kept.is_floating_point() else kept,
+        )
+        return (_gradient(run, head) - _gradient(_RUNS["no hooks"], head)).abs().max().item()
+
+    ours, torchs = nllx.functional.cross_entropy, F.cross_entropy
+    for dtype, small in ((torch.bfloat16, 2e-3), (torch.float16, 3e-4)):
+        assert max(error(torchs, dtype, 0), error(torchs, dtype, 1000), error(ours, dtype, 0)) < small
+    assert 0.01 < error(ours, torch.bfloat16, 1000) < 0.3
+    assert not error(ours, torch.float16, 1e5) < 1  # NaN
+
+
+def test_a_slice_keeps_the_whole() -> None:
+    for ce, kept in ((F.cross_entropy, False), (nllx.functional.cross_entropy, True)):
+        h = torch.randn(6, 4, 5, requires_grad=True) * 2
+        whole = StorageWeakRef(h.untyped_storage())
+        loss = ce(h[:, -1], t)
+        del h
+        assert whole.expired() != kept
+        h = torch.randn(6, 4, 5, requires_grad=True) * 2
+        whole = StorageWeakRef(h.untyped_storage())
+        loss = ce(h[:, -1].clone(), t)
+        del h
+        assert whole.expired()
+        loss.backward()
+
+
+def test_patched_inside_of_a_full_graph() -> None:
+    def inside(a: Tensor) -> Tensor:
+        with nllx.patched():
+            return F.cross_entropy(a, t)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(inside, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    with nllx.patched():
+        around = torch.compile(lambda a: F.cross_entropy(a, t), backend="eager", fullgraph=True)(x)
+    assert_close(around, F.cross_entropy(x, t))

@@ -249,6 +249,12 @@ class TestDtypes:
                 assert_close(call(logits, target.to(dtype)), call(logits, target))
             assert_close(compiled(logits[0], target[0].to(dtype)), loss(logits[0], target[0]))
 
+    def test_unsigned_targets_and_the_largest_ignore_index(self) -> None:
+        for call in (N.cross_entropy, torch.compile(N.cross_entropy, backend="aot_eager")):
+            target = torch.tensor([0, 2**64 - 5], dtype=torch.uint64)
+            with pytest.raises(Exception, match="cannot be told from larger indices"):
+                call(torch.randn(2, 5), target, ignore_index=2**63 - 1)
+
     def test_unsigned_targets_out_of_range(self) -> None:
         """As the numbers that they are: those that no int64 holds are no ignore_index of the same bits."""
         for value in (2**16 - 1, 2**32 - 1, 2**64 - 1, 2**64 - 100):

@@ -169,7 +169,9 @@ class _Loss:
             self.targets.probabilities_are_acc = self.probabilities.dtype == self.acc
         else:
             self.targets.index = address(self.memory.copy(problem.target.contiguous()))
-            self.targets.index_type = INDEX_TYPES[problem.target.dtype]
+            self.targets.index_type = INDEX_TYPES[
+                torch.uint8 if problem.target.dtype == torch.bool else problem.target.dtype
+            ]
         if problem.weight is not None:
             weight = self.memory.copy(problem.weight.to(self.acc).contiguous())
             self.targets.weight = address(weight)

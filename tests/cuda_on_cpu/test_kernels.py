@@ -307,7 +307,7 @@ def test_planes_in_vectors(dtype: torch.dtype, reduction: str, kernels: Kernels)
 @pytest.mark.parametrize("dtype", INDEX_TYPES, ids=str)
 def test_checked_target(dtype: torch.dtype, kernels: Kernels) -> None:
     generator = torch.Generator().manual_seed(0)
-    low, high = (0, 200) if dtype == torch.uint8 else (-20, 120)
+    low, high = (-20, 120) if dtype.is_signed else (0, 200)
     values = torch.randint(low, high, (300,), generator=generator).to(dtype)
     classes, ignore_index = 100, 7
     for order, most_blocks in ((ASCENDING, 0), (DESCENDING, 1), (RANDOM, 1)):
