@@ -12,6 +12,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <pthread.h>
+#endif
+
 namespace nllx {
 
 using at::Tensor;
@@ -185,12 +189,45 @@ struct Note {
 
   bool is_on(const Tensor& t) const { return !result.expired() && t.storage().data() == result_data; }
 };
-std::mutex notes_mutex;
 std::atomic<bool> any_note = false;  // in most processes there never is one
-std::vector<Note>& notes() {
-  static auto* notes = new std::vector<Note>;  // never destroyed: threads may outlive the end of the process
-  return *notes;
-}
+
+class Notes {
+ public:
+  static Notes& instance() {
+    static auto* notes = new Notes;  // never destroyed: threads may outlive the end of the process
+    return *notes;
+  }
+
+  void add(Note note) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // Memory that is gone, and forwards whose results are gone and that a later one has followed.
+    const auto is_over = [&](const Note& old) {
+      const Version& first = old.versions[0];
+      return !first.is_alive() || (old.result.expired() && first.is_of_same_memory(note.versions[0]));
+    };
+    notes_.erase(std::remove_if(notes_.begin(), notes_.end(), is_over), notes_.end());
+    notes_.push_back(std::move(note));
+    any_note = true;
+  }
+
+  // A copy: memory that is looked at may be freed by that, and whoever frees it is not to be waited for.
+  std::vector<Note> all() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return notes_;
+  }
+
+ private:
+  Notes() {
+#if defined(__linux__)
+    // A process that forks while another of its threads is in here gives the child the mutex unlocked.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+#endif
+  }
+
+  std::mutex mutex_;
+  std::vector<Note> notes_;
+};
 
 }  // namespace
 
@@ -198,25 +235,12 @@ bool versions_are_remembered() { return any_note.load(std::memory_order_relaxed)
 
 void remember_versions(const Tensor& result, at::ArrayRef<Tensor> tensors) {
   if (!result.has_storage()) return;
-  Note note{weak_storage_of(result), result.storage().data(), {tensors.begin(), tensors.end()}};
-  const std::lock_guard<std::mutex> lock(notes_mutex);
-  auto& all = notes();
-  // Memory that is gone, and forwards whose results are gone and that a later one has followed.
-  all.erase(std::remove_if(all.begin(), all.end(),
-                           [&](const Note& old) {
-                             const Version& first = old.versions[0];
-                             return !first.is_alive() ||
-                                    (old.result.expired() && first.is_of_same_memory(note.versions[0]));
-                           }),
-            all.end());
-  all.push_back(std::move(note));
-  any_note = true;
+  Notes::instance().add({weak_storage_of(result), result.storage().data(), {tensors.begin(), tensors.end()}});
 }
 
 void check_versions(const Tensor& result, at::ArrayRef<Tensor> tensors) {
-  const std::lock_guard<std::mutex> lock(notes_mutex);
-  const auto& all = notes();
   if (!result.has_storage()) return;
+  const std::vector<Note> all = Notes::instance().all();
   const auto check = [&](const Note& note) {
     for (size_t i = 0; i < tensors.size(); ++i) note.versions[i].check(tensors[i]);
   };
