@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_autograd(const Tensor& 
   if (!requires_grad(logits)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto result = cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-    if (has_default_hooks()) remember_versions(std::get<1>(result), {logits, target, or_undefined(weight)});
+    if (has_default_hooks() || versions_are_remembered())
+      remember_versions(std::get<1>(result), {logits, target, or_undefined(weight)});
     return result;
   }
   return cross_entropy_with_backward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype,
@@ -271,7 +272,8 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
   if (!requires_grad(log_probs)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto result = nll_loss_forward(log_probs, target, weight, reduction, ignore_index, dtype);
-    if (has_default_hooks()) remember_versions(std::get<1>(result), {target, or_undefined(weight)});
+    if (has_default_hooks() || versions_are_remembered())
+      remember_versions(std::get<1>(result), {target, or_undefined(weight)});
     return result;
   }
   check_no_functorch();
@@ -340,7 +342,7 @@ Tensor log_softmax_forward_autograd(const Tensor& input, int64_t dim) {
   if (!requires_grad(input)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor output = log_softmax_forward(input, dim);
-    if (has_default_hooks()) remember_versions(output, {output});
+    if (has_default_hooks() || versions_are_remembered()) remember_versions(output, {output});
     return output;
   }
   check_no_functorch();

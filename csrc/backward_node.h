@@ -43,6 +43,7 @@ class BackwardNode final : public torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     Saved tensors;
     for (size_t i = 0; i < Op::kSaved; ++i) tensors[i] = saved_[i].unpack(saved_for());
+    const NodeUnderWay checked;
     return differentiate(op_, grads, tensors);
   }
 

@@ -71,7 +71,7 @@ class Version {
 
   bool is_alive() const { return !storage_.expired(); }
   bool is_of_same_memory(const Version& other) const {
-    return storage_._unsafe_get_target() == other.storage_._unsafe_get_target();
+    return is_alive() && storage_._unsafe_get_target() == other.storage_._unsafe_get_target();
   }
   bool holds(const Tensor& t) const {
     const auto storage = storage_.lock();
@@ -181,15 +181,26 @@ void SavedTensor::release() {
 
 namespace {
 
-// What forward operators have noted, as long as the memory lives that it is about.
+// What forward operators have noted, as long as some of the memory lives that it is about.
 struct Note {
   c10::weak_intrusive_ptr<c10::StorageImpl> result;
   const void* result_data;
   std::vector<Version> versions;
 
   bool is_on(const Tensor& t) const { return !result.expired() && t.storage().data() == result_data; }
+  bool is_alive() const {
+    return std::any_of(versions.begin(), versions.end(), [](const Version& v) { return v.is_alive(); });
+  }
+  bool shares_memory_with(const Note& other) const {
+    if (versions.size() != other.versions.size()) return false;
+    for (size_t i = 0; i < versions.size(); ++i) {
+      if (versions[i].is_of_same_memory(other.versions[i])) return true;
+    }
+    return false;
+  }
 };
 std::atomic<bool> any_note = false;  // in most processes there never is one
+thread_local int nodes_under_way = 0;
 
 class Notes {
  public:
@@ -198,16 +209,28 @@ class Notes {
     return *notes;
   }
 
-  void add(Note note) {
+  // `hooks`: whether there are; without them only what has a note already gets another, which then is the last one.
+  void add(Note note, bool hooks) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // Memory that is gone, and forwards whose results are gone and that a later one has followed.
+    bool known = false, is_first = true;
     const auto is_over = [&](const Note& old) {
-      const Version& first = old.versions[0];
-      return !first.is_alive() || (old.result.expired() && first.is_of_same_memory(note.versions[0]));
+      if (!old.is_alive()) return true;
+      if (!old.shares_memory_with(note)) return false;
+      known = true;
+      // A result that is gone, or of which hooks have a copy. Of those the first on the same logits stays: whether its
+      // backward is still to come is not known, and that would be wrong.
+      if (!old.result.expired()) return false;
+      const bool stays = is_first && old.versions.size() != 2 && old.versions[0].is_of_same_memory(note.versions[0]);
+      if (stays) is_first = false;
+      return !stays;
     };
-    notes_.erase(std::remove_if(notes_.begin(), notes_.end(), is_over), notes_.end());
-    notes_.push_back(std::move(note));
-    any_note = true;
+    std::vector<Note> kept;
+    for (Note& old : notes_) {
+      if (!is_over(old)) kept.push_back(std::move(old));
+    }
+    notes_ = std::move(kept);
+    if (hooks || known) notes_.push_back(std::move(note));
+    any_note = !notes_.empty();
   }
 
   // A copy: memory that is looked at may be freed by that, and whoever frees it is not to be waited for.
@@ -231,26 +254,34 @@ class Notes {
 
 }  // namespace
 
-bool versions_are_remembered() { return any_note.load(std::memory_order_relaxed); }
+bool versions_are_remembered() { return any_note.load(std::memory_order_relaxed) && nodes_under_way == 0; }
 
 void remember_versions(const Tensor& result, at::ArrayRef<Tensor> tensors) {
   if (!result.has_storage()) return;
-  Notes::instance().add({weak_storage_of(result), result.storage().data(), {tensors.begin(), tensors.end()}});
+  Notes::instance().add({weak_storage_of(result), result.storage().data(), {tensors.begin(), tensors.end()}},
+                        has_default_hooks());
 }
 
 void check_versions(const Tensor& result, at::ArrayRef<Tensor> tensors) {
   if (!result.has_storage()) return;
   const std::vector<Note> all = Notes::instance().all();
-  const auto check = [&](const Note& note) {
-    for (size_t i = 0; i < tensors.size(); ++i) note.versions[i].check(tensors[i]);
-  };
   for (auto note = all.rbegin(); note != all.rend(); ++note) {
-    if (note->versions.size() == tensors.size() && note->is_on(result)) return check(*note);
+    if (note->versions.size() != tensors.size() || !note->is_on(result)) continue;
+    for (size_t i = 0; i < tensors.size(); ++i) note->versions[i].check(tensors[i]);
+    return;
   }
-  // Hooks have given a copy of the result: the last forward on this memory has to do.
-  for (auto note = all.rbegin(); note != all.rend(); ++note) {
-    if (note->versions.size() == tensors.size() && note->versions[0].holds(tensors[0])) return check(*note);
+  // Hooks have given a copy of the result, and any forward on this memory may be the one: of the logits all must agree,
+  // and of other arguments the last one has to do, since their memory is used again and again.
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    for (auto note = all.rbegin(); note != all.rend(); ++note) {
+      if (note->versions.size() != tensors.size() || !note->versions[i].holds(tensors[i])) continue;
+      note->versions[i].check();
+      if (i > 0 || tensors.size() == 2) break;
+    }
   }
 }
+
+NodeUnderWay::NodeUnderWay() { ++nodes_under_way; }
+NodeUnderWay::~NodeUnderWay() { --nodes_under_way; }
 
 }  // namespace nllx

@@ -7,7 +7,6 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <optional>
-#include <type_traits>
 
 namespace nllx {
 
@@ -20,12 +19,18 @@ void check_version(int64_t found, int64_t expected);
 // Whether hooks get what is saved now.
 bool has_default_hooks();
 
-// Compilers save for themselves, through the same hooks. So a forward operator notes how its arguments were, if there
-// are hooks, and the backward that gets its result compares. Where the arguments have been copied, there is nothing to
-// raise.
+// Compilers save for themselves, through the same hooks. So a forward operator without a node notes how its arguments
+// were, if there are hooks, and the backward that gets its result compares. Where the arguments have been copied, there
+// is nothing to raise.
 bool versions_are_remembered();
 void remember_versions(const at::Tensor& result, at::ArrayRef<at::Tensor> tensors);
 void check_versions(const at::Tensor& result, at::ArrayRef<at::Tensor> tensors);
+
+// While a node runs its backward: what it saved has been checked.
+struct NodeUnderWay {
+  NodeUnderWay();
+  ~NodeUnderWay();
+};
 
 // Where a tensor lies: assigning to .data gives it other memory and leaves its version, as does a storage that is freed
 // and grown again, as far as the allocator has other memory then.

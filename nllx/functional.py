@@ -44,23 +44,32 @@ def _plain(value: Any) -> Any:
     return value if of_numpy is None else of_numpy.item()
 
 
+def _is_traced_number(value: Any) -> bool:
+    """Whether it is a number of NumPy as a compiler has it: an array of no dimension."""
+    return torch.compiler.is_compiling() and type(value).__name__ == "ndarray" and value.ndim == 0
+
+
 def _integer(op: str, name: str, value: Any) -> int:
     """As torch takes an int: anything with ``__index__`` (NumPy's integers too) but a bool, in 64 bits."""
+    if _is_traced_number(value):
+        traced = torch.as_tensor(value)
+        if not traced.is_floating_point() and traced.dtype != torch.bool:
+            return traced.item()  # type: ignore[return-value]
     try:
         if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}") from None
-    # Of NumPy's and torch's a compiler knows no value; they have no more bits.
-    if isinstance(value, int) and not _SMALLEST <= number <= _LARGEST:
+    # Of NumPy's and torch's numbers a compiler may know no value; they have no more bits.
+    if (isinstance(value, int) or not torch.compiler.is_compiling()) and not _SMALLEST <= number <= _LARGEST:
         raise ValueError(f"{op}(): argument '{name}' is {number}. Overflow when unpacking long long")
     return number
 
 
 def _real(op: str, name: str, value: Any) -> float:
     """As torch takes a float: a real number (NumPy's too), or a tensor of no dimension that needs no gradient."""
-    if torch.compiler.is_compiling() and type(value).__name__ == "ndarray":  # a compiler's word for a number of NumPy
+    if _is_traced_number(value):
         value = value.item()
     if not isinstance(value, numbers.Real) and not (
         isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not value.is_complex()
@@ -106,8 +115,8 @@ def _handle(
 
 
 def _is_nested(input: Any) -> bool:
-    """Without asking a class of tensors, which sees attributes too and may refuse."""
-    with torch._C.DisableTorchFunctionSubclass():
+    """Without asking classes of tensors and modes, which see attributes too and may refuse."""
+    with torch._C.DisableTorchFunction():
         return isinstance(input, Tensor) and input.is_nested
 
 
@@ -134,6 +143,8 @@ def _nested_log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None) -> T
 
 def _mean_or_zero(op: str, number: int, zero_division: Any) -> int:
     """The operators' number of a reduction, from ATen's and what the mean over nothing is to be."""
+    if _is_traced_number(zero_division):
+        zero_division = zero_division.item()
     if zero_division != 0:
         if zero_division == zero_division or not isinstance(zero_division, numbers.Real):
             raise ValueError(f"{op}: zero_division must be nan or 0, but got {zero_division!r}")
@@ -202,10 +213,11 @@ def cross_entropy(
         inplace_backward: The gradient may be written over the logits, which saves its memory and the time to map it. The
             logits hold the gradient after ``backward()``. Nothing may read them during or after it (a checkpoint's
             recomputation, a hook, another thread), nor write to them while a gradient that autograd passes on as it is,
-            through sums, views and copies, may be kept by a leaf. Their version counter rises, so that another backward
-            through the same graph, or through an operation that saved the logits, raises RuntimeError. The gradient is a
-            fresh tensor as ever where something else lies in the memory of the logits (``logits.detach()``, an array of
-            NumPy, another view, an activation that saved them as its output; a capsule of DLPack is not seen), where hooks
+            through sums, views and copies, may be kept by a leaf or a hook. Their version counter rises, so that another
+            backward through the same graph, or through an operation that saved the logits, raises RuntimeError. The gradient is
+            a fresh tensor as ever where something else lies in the memory of the logits (``logits.detach()``, an array of
+            NumPy, another view, an activation that saved them as its output; a capsule of DLPack is not seen; the tensor
+            that they are a view of counts as the logits), where hooks
             for saved tensors were installed when the loss was computed (``torch.utils.checkpoint``, ``save_on_cpu``), where
             the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and ``torch.compile``.
             What an operation saved through such hooks, while the loss was computed outside of them, is not noticed: as with

@@ -70,7 +70,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         super().__init__(weight, size_average, F._plain(ignore_index), reduce, reduction, F._plain(label_smoothing))
         F._mean_or_zero("CrossEntropyLoss", 1, zero_division)
         self.inplace_backward = inplace_backward
-        self.zero_division = zero_division
+        self.zero_division = F._plain(zero_division)
 
     def extra_repr(self) -> str:
         return _options(self)
@@ -117,7 +117,7 @@ class NLLLoss(torch.nn.NLLLoss):
     ) -> None:
         super().__init__(weight, size_average, F._plain(ignore_index), reduce, reduction)
         F._mean_or_zero("NLLLoss", 1, zero_division)
-        self.zero_division = zero_division
+        self.zero_division = F._plain(zero_division)
 
     def extra_repr(self) -> str:
         return _options(self)

@@ -96,11 +96,12 @@ def _why_torch(input: Any, dtype: torch.dtype | None, *others: Any) -> str | Non
 
 
 class _Recomputation:
-    """What a checkpoint computes again, on nllx as its forward was, whether or not torch is still patched by then: it checks
-    that the same tensors are saved."""
+    """What a checkpoint computes again, patched as its forward was, whether or not torch still is by then: it checks that the
+    same tensors are saved."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
+        self.calls: set[int] = set()  # those that were patched, by how many tensors had been saved
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with patched():
@@ -108,24 +109,28 @@ class _Recomputation:
 
 
 def _follow_checkpoints(hooks: list[Callable[..., Any]]) -> bool:
-    """Marks the non-reentrant checkpoints (torch.utils.checkpoint) whose forward is under way, so that they run on nllx when
-    they are computed again; and tells whether one is being computed again that is not marked.
+    """Notes this call for the non-reentrant checkpoint (torch.utils.checkpoint) whose forward is under way, so that it is
+    patched when that is computed again; and tells whether one is being computed again whose forward had it from torch.
 
-    Their hooks, which see what is saved, are the one place where they are found; what those hold is not public. Where they
-    hold something else nothing is marked, and a checkpoint that comes out otherwise raises CheckpointError, as it did.
+    Its hooks, which see what is saved, are the one place where it is found; what those hold is not public. Where they hold
+    something else nothing is noted, and a checkpoint that comes out otherwise raises CheckpointError, as it did.
     """
     for hook in map(inspect.unwrap, hooks):
         if not inspect.isfunction(hook) or hook.__module__ != "torch.utils.checkpoint":
             continue
         held: dict[str, Any] = dict(inspect.getclosurevars(hook).nonlocals)
-        recomputed = "target_frame_ref" in held
-        frame: Any = held["target_frame_ref"]() if recomputed else held.get("frame")
+        again = "target_frame_ref" in held
+        frame: Any = held["target_frame_ref"]() if again else held.get("frame")
         function = getattr(frame, "recompute_fn", None)
-        if isinstance(function, _Recomputation) or function is None:
+        if function is None:
             continue
-        if recomputed:
-            return True
-        frame.recompute_fn = _Recomputation(function)
+        if again:
+            calls = function.calls if isinstance(function, _Recomputation) else ()
+            return frame.recomp_counter[held["gid"]] not in calls
+        if not isinstance(function, _Recomputation):
+            function = frame.recompute_fn = _Recomputation(function)
+        function.calls.add(len(frame.weak_holders))
+        return False  # of checkpoints inside of each other the innermost alone sees what is saved
     return False
 
 
@@ -240,7 +245,9 @@ def patch() -> None:
     not routed. (Names imported before do come to nllx where torch looks its own function up again: under a ``torch.device``
     context, and for subclasses of Tensor, whose ``__torch_function__`` then gets nllx's.) Graphs that were compiled or traced
     by ``torch.fx`` while patched keep nllx's operators. What a non-reentrant checkpoint (``torch.utils.checkpoint``) computes
-    again runs on what its forward ran on, patched or not by then.
+    again runs on what its forward ran on, patched or not by then. Spawned processes start unpatched. Classes of tensors and
+    modes get torch's own function, which is not what ``torch.nn.functional`` holds meanwhile: those that look it up there
+    at each call do not know it.
 
     nllx saves the logits where torch saves their log-softmax. Logits that are changed in place between forward and backward
     raise RuntimeError; torch does not look at them again. Changes that autograd does not see (``logits.data``, NumPy) make
@@ -378,11 +385,14 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
     Returns:
         ``module``.
 
+    Modules whose ``forward`` has been replaced (hooks of accelerate) are left as they are: it is nllx's that theirs calls.
+
     Raises:
         ValueError: one has ``zero_division=0``, without which its values would be others; nothing is changed then.
     """
     originals = {ours: torchs for torchs, ours in _MODULES.items()}
-    found = [(name or "the module itself", child) for name, child in module.named_modules() if type(child) in originals]
+    all_of_nllx = [(name or "the module itself", m) for name, m in module.named_modules() if type(m) in originals]
+    found = [(name, child) for name, child in all_of_nllx if "forward" not in vars(child)]
     for name, child in found:
         if getattr(child, "zero_division", None) == 0:
             raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no zero_division=0")
@@ -392,6 +402,9 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
             vars(child).pop(option, None)
         if verbose:
             print(f"nllx.revert: {name}: {child}")
-    if verbose and not found:
+    for name, child in all_of_nllx:
+        if verbose and "forward" in vars(child):
+            print(f"nllx.revert: {name}: {child} is left as it is, since its forward has been replaced")
+    if verbose and not all_of_nllx:
         print(f"nllx.revert: {type(module).__name__} holds no loss of nllx")
     return module

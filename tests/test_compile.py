@@ -388,3 +388,18 @@ def test_numbers_of_numpy(options: dict[str, Any]) -> None:
             if "float32" not in str([value.dtype for value in options.values()]) or call is calls[1]:
                 assert_close(_compile(call, "aot_eager")().detach(), expected.detach())
     assert_close(torch.jit.script(module)(x, y).detach(), expected.detach())
+
+
+def test_numbers_of_numpy_made_in_compiled_code() -> None:
+    x, y = _MASKED[0], torch.where(_MASKED[1] < 0, 2, _MASKED[1])
+    calls: list[Callable[[], Tensor]] = [
+        lambda: nllx.functional.cross_entropy(x, y, ignore_index=np.int64(2)),
+        lambda: nllx.functional.nll_loss(x, y, ignore_index=np.int64(2)),
+        lambda: nllx.CrossEntropyLoss(ignore_index=np.int64(2), zero_division=np.float64(0))(x, y),
+    ]
+    for call in calls:
+        assert_close(_compile(call, "aot_eager")(), call())
+    over_nothing = nllx.CrossEntropyLoss(zero_division=np.float64(0))
+    assert_close(_compile(lambda: over_nothing(x, y * 0 - 100), "aot_eager")(), torch.tensor(0.0))
+    with pytest.raises(ValueError, match="Overflow"):
+        nllx.functional.cross_entropy(x, y, ignore_index=np.uint64(2**63))

@@ -576,6 +576,13 @@ def test_classes_that_know_torchs_functions_alone() -> None:
     with pytest.raises(TypeError, match=r"no implementation found for 'nllx\.functional\.log_softmax"):
         nllx.functional.log_softmax(_x.as_subclass(Nothing), 1)
 
+    class Refuses(TorchFunctionMode):
+        def __torch_function__(self, *arguments: Any) -> Any:
+            return NotImplemented
+
+    with Refuses(), pytest.raises(TypeError, match=r"no implementation found for 'nllx\.functional\.cross_entropy"):
+        nllx.functional.cross_entropy(_x, _t)
+
 
 def _scripted(x: Tensor, y: Tensor) -> Tensor:
     scores = nllx.functional.log_softmax(x, 1)
@@ -638,6 +645,25 @@ def _in_a_wrapper(a: Tensor) -> None:
     loss.backward()
 
 
+def _one_of_two(a: Tensor) -> None:
+    def head(b: Tensor) -> Tensor:
+        first = F.cross_entropy(b * 2, _t)
+        with nllx.patched():
+            second = F.cross_entropy(b * 2, _t)
+        return 0.25 * first + 0.5 * second + 0.25 * F.cross_entropy(b * 2, _t)
+
+    _checkpointed(head, a).backward()
+
+
+def _inside_of_another(a: Tensor) -> None:
+    def head(b: Tensor) -> Tensor:
+        with nllx.patched():
+            inner = _checkpointed(_head, b)
+        return 0.5 * inner + 0.5 * _head(b)
+
+    _checkpointed(head, a).backward()
+
+
 def _backward_alone(a: Tensor) -> None:
     loss = _checkpointed(_head, a)
     with nllx.patched():
@@ -659,6 +685,8 @@ _STEPS: dict[str, tuple[Callable[[Tensor], None], dict[str, int]]] = {
     "more is saved": (_more_is_saved, {"nllx": 2}),
     "second backward": (_second_backward, {"nllx": 3}),
     "wrapper": (_in_a_wrapper, {"nllx": 2}),
+    "one of two": (_one_of_two, {"nllx": 2, "a checkpoint whose forward ran on torch": 2}),
+    "inside of another": (_inside_of_another, {"nllx": 3}),
     "backward alone": (_backward_alone, {"a checkpoint whose forward ran on torch": 1}),
     "nested, backward alone": (_nested_backward_alone, {"a checkpoint whose forward ran on torch": 1}),
 }
@@ -714,6 +742,11 @@ def test_revert(capsys: pytest.CaptureFixture[str]) -> None:
     nllx.revert(built, verbose=False)
     assert [type(child) for child in built] == [torch.nn.NLLLoss, torch.nn.CrossEntropyLoss]
     assert repr(built[1]) == "CrossEntropyLoss()"
+    wrapped = nllx.NLLLoss()
+    wrapped.forward = functools.partial(wrapped.forward)
+    assert type(nllx.revert(wrapped)) is nllx.NLLLoss
+    assert "is left as it is, since its forward has been replaced" in capsys.readouterr().out
+    wrapped(_x, _t)
     kept = torch.nn.ModuleList([nllx.NLLLoss(), nllx.NLLLoss(zero_division=0)])
     with pytest.raises(ValueError, match=r"nllx.revert: 1: NLLLoss\(zero_division=0\)"):
         nllx.revert(kept)

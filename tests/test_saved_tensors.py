@@ -340,6 +340,58 @@ def test_compiled(operator: str, run: str) -> None:
             assert run != "clone"
 
 
+def test_compiled_with_hooks_that_copy_some() -> None:
+    """Of copies of what a forward has noted its versions on, and of arguments that are copied or not."""
+    torch._dynamo.reset()
+    logits = torch.compile(lambda h: nllx.functional.cross_entropy(h, t), backend="aot_eager")
+    target = t.clamp(min=0)
+
+    def changed_between(a: Tensor) -> Tensor:
+        h = a * 2
+        loss = logits(h)
+        with torch.no_grad():
+            h.mul_(2)
+        return loss + 0 * logits(h)
+
+    def changed_target(a: Tensor) -> Tensor:
+        loss = labelled(a)
+        target.copy_((target + 1) % 5)
+        return loss
+
+    labelled = torch.compile(lambda a: nllx.functional.cross_entropy(a * 1, target), backend="aot_eager")
+    floats = _hooks(lambda saved: saved.clone() if saved.is_floating_point() else saved)
+    for run, head in ((_RUNS["clones of the small"], changed_between), (floats, changed_target)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            _gradient(run, head)
+
+
+def test_memory_that_is_used_again_with_and_without_hooks() -> None:
+    """A forward under hooks has nothing to say of a later one on the same memory, in eager or compiled code."""
+    torch._dynamo.reset()
+    compiled = torch.compile(nllx.functional.cross_entropy, backend="aot_eager")
+    likelihood = torch.compile(nllx.functional.nll_loss, backend="aot_eager")
+    target = t.clamp(min=0)
+    leaf = torch.nn.Parameter(x.clone())
+    for step in range(6):
+        context = (
+            saved_tensors_hooks(lambda saved: saved, lambda kept: kept) if step % 2 == 0 else contextlib.nullcontext()
+        )
+        for ours, theirs in (
+            (compiled, F.cross_entropy),
+            (nllx.functional.cross_entropy, F.cross_entropy),
+            (likelihood, F.nll_loss),
+        ):
+            with context:
+                loss = ours(leaf, target)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            assert_close(gradient, torch.autograd.grad(theirs(leaf, target), leaf)[0])
+            with torch.no_grad():
+                leaf.sub_(gradient)
+                target.copy_((target + 1) % 5)
+        with context, torch.no_grad():
+            nllx.functional.cross_entropy(leaf.detach(), target)
+
+
 def test_compiled_heads() -> None:
     """Under hooks, and with checkpoints around the compiled function and inside of it."""
     for head in _HEADS[:8]:
