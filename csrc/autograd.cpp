@@ -238,8 +238,8 @@ Tensor cross_entropy_backward_autograd(const Tensor& grad_output, const Tensor& 
 
 struct NllLossBackwardOp {
   static constexpr const char* kName = "NllxNllLossBackward";
-  static constexpr size_t kSaved = 4;  // log_probs, target, weight, total_weight
-  static constexpr size_t kArguments = 3;
+  static constexpr size_t kSaved = 4;  // target, weight, log_probs (whose memory is not read), total_weight
+  static constexpr size_t kArguments = 2;
   static constexpr bool kSavesOutput = false;
 
   int64_t reduction = 0;
@@ -255,7 +255,7 @@ struct NllLossBackwardOp {
   }
 
   Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const {
-    return nll_loss_backward(grad_output, saved[0], saved[1], or_none(saved[2]), saved[3], reduction, ignore_index);
+    return nll_loss_backward(grad_output, saved[2], saved[0], or_none(saved[1]), saved[3], reduction, ignore_index);
   }
 };
 
@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward_autograd(const Tensor& log_probs, co
   }
   const auto& [loss, total_weight] = result;
   set_backward(log_probs, loss, NllLossBackwardOp{reduction, std::move(ignore_index)},
-               {log_probs, target, or_undefined(weight), total_weight});
+               {target, or_undefined(weight), log_probs, total_weight});
   return result;
 }
 

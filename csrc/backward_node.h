@@ -19,7 +19,7 @@ namespace nllx {
 
 // A type `Op` has
 //   kName, kSaved, kArguments and kSavesOutput: the name, the number of tensors saved, how many of them, the first, are
-//   arguments, and whether they are outputs of the forward
+//   arguments that it reads, and whether they are outputs of the forward
 //   its options as members, and visit(f), which calls f with each of them
 //   Tensor backward(const Tensor& grad_output, const std::array<Tensor, kSaved>& saved) const: the gradient of the one
 //   input that has one

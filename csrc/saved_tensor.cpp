@@ -148,7 +148,7 @@ void Memory::check(const Tensor& t) const {
   TORCH_CHECK(
       storage_of(t) == storage_._unsafe_get_target() && (!data_ || t.storage().data() == data_),
       "one of the variables needed for gradient computation has been given other memory since the forward (by an "
-      "assignment to its .data, say)");
+      "assignment to its .data, say), or its memory has been freed");
 }
 
 SavedTensor::SavedTensor(const Tensor& tensor, bool is_output, bool is_argument) {
