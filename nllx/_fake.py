@@ -103,7 +103,7 @@ def check_arguments(
     if not probabilities:
         _check_index_target(op, name, input, target)
     torch._check(
-        target.dtype != torch.uint64 or ignore_index != 2**63 - 1,
+        probabilities or target.dtype != torch.uint64 or ignore_index != 2**63 - 1,
         lambda: (
             f"{op}: ignore_index {ignore_index} cannot be told from larger indices in a target of dtype UInt64; take "
             "another one"

@@ -44,8 +44,9 @@ def _rows(
     """
     dim, classes = class_dim(input), input.shape[class_dim(input)]
     w = None if weight is None else weight.reshape([-1] + [1] * (input.dim() - 1 - dim)).to(acc)
+    uniform = label_smoothing / (1 if holds(classes == 0) else classes)
     if op == "cross_entropy" and is_probabilities(input, target):
-        a = target.to(acc) * (1 - label_smoothing) + label_smoothing / (1 if holds(classes == 0) else classes)
+        a = target.to(acc) * (1 - label_smoothing) + uniform
         rows = 1
         for size in row_shape(input):
             rows = rows * size
@@ -66,7 +67,7 @@ def _rows(
     present = torch.where(hit, one, zero)
     a = present * (1 - label_smoothing)
     if label_smoothing > 0:
-        a = a + torch.where(valid, one * (label_smoothing / (1 if holds(classes == 0) else classes)), zero)
+        a = a + torch.where(valid, one * uniform, zero)
     return a, valid, mean_divisor(present.sum(), reduction, label_smoothing)
 
 

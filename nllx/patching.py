@@ -376,7 +376,8 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
     """Makes nllx's losses inside of a model torch's, itself included: what :func:`convert` did, undone.
 
     Each stays the same object, with its weights, options, hooks and mode, and gets torch's class; modules that were made as
-    nllx's too. What torch's has not is dropped: ``inplace_backward``, which changes no value.
+    nllx's too. What torch's has not is dropped: ``inplace_backward``, which changes no value. Modules whose ``forward`` has
+    been replaced (hooks of accelerate) are left as they are: it is nllx's that theirs calls.
 
     Args:
         module: The model; changed in place.
@@ -384,8 +385,6 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
 
     Returns:
         ``module``.
-
-    Modules whose ``forward`` has been replaced (hooks of accelerate) are left as they are: it is nllx's that theirs calls.
 
     Raises:
         ValueError: one has ``zero_division=0``, without which its values would be others; nothing is changed then.
