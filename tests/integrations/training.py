@@ -63,18 +63,18 @@ def assert_trains_alike(
 
 
 def assert_runs_alike(actual: Run, expected: Run) -> None:
-    """Rounding differs from the first step on and is amplified by every later one, hence the tolerance."""
+    """Rounding differs from the first step on and every later one amplifies it, to a ReLU that another sign switches.
+
+    What that adds to a gradient is in proportion to the largest gradients of the model, not to those of a layer that a
+    normalization leaves with next to none (1e-4 of the largest). A wrong loss is wrong in the largest too.
+    """
     assert_close(torch.stack(actual.losses), torch.stack(expected.losses), rtol=2e-5, atol=2e-5)
     assert abs(expected.losses[-1] - expected.losses[0]) > 1e-3, "the training changes the loss"
     for step, (a, b) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
         assert a.keys() == b.keys()
-        assert any(value.abs().max() > 1e-4 for value in b.values())
+        largest = max(value.abs().max().item() for value in b.values())
+        assert largest > 1e-4
         for name in a:
-            scale = b[name].abs().max().item()
             assert_close(
-                a[name],
-                b[name],
-                rtol=1e-3,
-                atol=1e-4 * scale + 1e-6,
-                msg=lambda m, n=name, s=step: f"{n}, step {s}: {m}",
+                a[name], b[name], rtol=1e-3, atol=1e-4 * largest, msg=lambda m, n=name, s=step: f"{n}, step {s}: {m}"
             )
