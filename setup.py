@@ -103,8 +103,11 @@ def main() -> None:
     check_compiler()
     with_cuda = torch.version.cuda is not None and os.environ.get("NLLX_WITHOUT_CUDA", "0") in ("", "0")
     macros: list[tuple[str, str | None]] = [("NLLX_TORCH_VERSION", f'"{torch.__version__}"')]
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    sources.append(ROOT / "csrc" / "cuda" / "plan.cpp")  # needs no CUDA, and `_C.cuda_plan` answers without it too
+    sources = [
+        source for folder in ("", "operators/", "cpu/**/") for source in sorted(ROOT.glob(f"csrc/{folder}*.cpp"))
+    ]
+    # Needs no CUDA, and `_C.cuda_plan` answers without it too.
+    sources.append(ROOT / "csrc" / "cuda" / "kernels" / "plan.cpp")
     # Without -fopenmp at::parallel_for, which is inlined from torch's headers, runs on one thread and says nothing.
     cxx = ["-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     # As fast as -O3 -g, which Python adds, for kernels that are vectorised by hand, and compiled in half the time.
@@ -116,7 +119,7 @@ def main() -> None:
     if with_cuda:
         os.environ["CUDA_HOME"] = find_cuda(torch.version.cuda)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(str(Path(os.environ["CUDA_HOME"], "bin", "nvcc")))
-        sources += sorted({*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")} - {*sources})
+        sources += sorted({*ROOT.glob("csrc/cuda/**/*.cpp"), *ROOT.glob("csrc/cuda/**/*.cu")} - {*sources})
         macros += [
             ("NLLX_WITH_CUDA", None),
             ("NLLX_CUDA_VERSION", f'"{torch.version.cuda}"'),

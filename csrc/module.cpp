@@ -7,7 +7,7 @@
 #include <string>
 
 #include "cpu/capability.h"
-#include "cuda/plan.h"
+#include "cuda/kernels/plan.h"
 #include "grad_level.h"
 #include "python_calls.h"
 
@@ -91,7 +91,8 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       py::arg("element_bytes") = 4, py::arg("planes") = false, py::arg("dense") = true, py::arg("aligned") = true,
       py::arg("has_terms") = false, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 << 10,
       py::arg("cluster_blocks") = 8, py::arg("async_copies") = true,
-      "Which CUDA kernel solves a problem, and how; see csrc/cuda/plan.h. op: 'forward', 'backward', 'value_and_grad' "
+      "Which CUDA kernel solves a problem, and how; see csrc/cuda/kernels/plan.h. op: 'forward', 'backward', "
+      "'value_and_grad' "
       "or 'log_softmax'. The problem is an array (outer, classes, inner); dense: rows follow each other without gaps; "
       "aligned: they, or the classes of planes, begin at 16-byte boundaries; has_terms: smoothing or probabilities. "
       "multiprocessors, shared_bytes (a block's), cluster_blocks (the most of a thread-block cluster, 1 without), "

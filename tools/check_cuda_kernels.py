@@ -6,7 +6,7 @@ where it should have them. Needs nvcc, cuobjdump and the headers of any
 build of torch; no GPU, no CUDA build of torch.
 
     python tools/check_cuda_kernels.py          # the table, exit status 1 on a failure
-    python tools/check_cuda_kernels.py --objects build/temp*/csrc/cuda   # of a CUDA build, and compiles nothing
+    python tools/check_cuda_kernels.py --objects build/temp*/csrc/cuda/kernels   # of a CUDA build, and compiles nothing
     python tools/check_cuda_kernels.py --host   # compiles csrc's C++ sources instead, as a CUDA build would
 """
 
@@ -274,7 +274,7 @@ def print_table(usages: list[Usage]) -> None:
 
 def compile_host(nvcc: str, folder: str, pool: ThreadPoolExecutor) -> int:
     """Compiles the C++ sources that include CUDA's headers or depend on NLLX_WITH_CUDA; returns how many."""
-    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cuda/*.cpp")])
+    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/operators/*.cpp"), *ROOT.glob("csrc/cuda/**/*.cpp")])
     names = ["NLLX_TORCH_VERSION", "NLLX_CUDA_VERSION", "NLLX_CUDA_ARCHITECTURES"]
     # A CPU build of torch has c10's CUDA headers but for this one, which says how c10 was built.
     macros_header = Path(folder, "c10", "cuda", "impl", "cuda_cmake_macros.h")
@@ -298,9 +298,9 @@ def main() -> None:
             return
 
         cuobjdump = find_cuobjdump(nvcc)
-        sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
+        sources = sorted(ROOT.glob("csrc/cuda/kernels/*.cu"))
         if not sources:
-            sys.exit("nllx: no CUDA source was found in csrc/cuda.")
+            sys.exit("nllx: no CUDA source was found in csrc/cuda/kernels.")
 
         def check(source: Path, architecture: str) -> tuple[list[Usage], list[str]]:
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"

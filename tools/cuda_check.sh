@@ -104,7 +104,7 @@ run_kernels() {
 
 run_built_kernels() {
     local objects
-    objects=$(find "$tree/build" -path '*/temp*/csrc/cuda' -type d 2>/dev/null | head -n 1 || true)
+    objects=$(find "$tree/build" -path '*/temp*/csrc/cuda/kernels' -type d 2>/dev/null | head -n 1 || true)
     if [ -z "$objects" ]; then
         run_kernels
         return

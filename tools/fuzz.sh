@@ -57,7 +57,7 @@ build() {
     echo "$mark" >"$folder/$name.mark"
 }
 for capability in default avx2 avx512; do
-    build "$capability" "csrc/cpu/kernels_$capability.cpp" &
+    build "$capability" "csrc/cpu/kernels/kernels_$capability.cpp" &
 done
 build main tests/fuzz/fuzz_cpu_kernels.cpp "${main[@]}" -Itests/fuzz/include -Wall
 # A background job's failure is that of its wait.

@@ -31,8 +31,8 @@ compile() {
     "${CXX:-g++}" "${options[@]}" -c "$source" -o "$objects/$name.o"
     echo "$mark" >"$objects/$name.mark"
 }
-sources=(csrc/cuda/plan.cpp)
-for source in csrc/*.cpp csrc/cpu/*.cpp; do
+sources=(csrc/cuda/kernels/plan.cpp)
+for source in csrc/*.cpp csrc/operators/*.cpp csrc/cpu/*.cpp; do
     case $source in */kernels_*) ;; *) sources+=("$source") ;; esac
 done
 for source in "${sources[@]}"; do

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #ifdef NLLX_HAS_X86_CAPABILITIES
 #include <cpuid.h>

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace nllx {
 

@@ -3,7 +3,7 @@
 // chance.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/launches.h"
 
 namespace nllx {
 

@@ -12,7 +12,7 @@
 #include "../loss_problem.h"
 #include "../ops.h"
 #include "bad_target.h"
-#include "kernels.h"
+#include "kernels/launches.h"
 #include "workspace.h"
 
 namespace nllx {

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime_api.h>
 
-#include "kernels.h"
+#include "kernels/launches.h"
 
 namespace nllx {
 

@@ -1,6 +1,6 @@
 // The launches and plans of csrc/cuda under C names, as addresses, and the sizes of the structs that they take.
-#include "cuda/kernels.h"
-#include "cuda/plan.h"
+#include "cuda/kernels/launches.h"
+#include "cuda/kernels/plan.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -135,11 +135,11 @@ def library(sources: Iterable[tuple[Path, Path]]) -> Path:
 
 
 def kernels_library(changed: str = "", csrc: Path = CSRC) -> Path:
-    """The library of all launches of csrc/cuda and of ``bindings.cpp``, for ``launches.Kernels``.
+    """The library of all launches of csrc/cuda/kernels and of ``bindings.cpp``, for ``launches.Kernels``.
 
     changed: the name of a source that is taken, with its headers, from another folder csrc; it alone is compiled.
     """
-    launches = [path.name for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    launches = [path.name for path in sorted((CSRC / "cuda" / "kernels").glob("*.cu"))]
     folders = [(name, csrc if name == changed else CSRC) for name in launches]
-    sources = [(folder / "cuda" / name, folder) for name, folder in folders]
-    return library([(HERE / "bindings.cpp", CSRC), (CSRC / "cuda" / "plan.cpp", CSRC), *sources])
+    sources = [(folder / "cuda" / "kernels" / name, folder) for name, folder in folders]
+    return library([(HERE / "bindings.cpp", CSRC), (CSRC / "cuda" / "kernels" / "plan.cpp", CSRC), *sources])

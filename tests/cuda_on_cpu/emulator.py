@@ -23,7 +23,7 @@ FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX = range(4)  # nllx::CudaOp
 ASCENDING, DESCENDING, RANDOM = 0, 1, 2  # orders of the emulator: others are random too, by another seed
 
 
-# The structs of csrc/problem.h, csrc/cuda/kernels.h and csrc/cuda/plan.h.
+# The structs of csrc/problem.h, csrc/cuda/kernels/launches.h and csrc/cuda/kernels/plan.h.
 
 
 class Extent(ctypes.Structure):
@@ -240,7 +240,8 @@ def kernel_bounds() -> dict[str, int]:
     """The kernels of csrc/cuda and the threads of a block that each is compiled for."""
     sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu*")))
     constants = {
-        name: int(value) for name, value in re.findall(r"(k\w+) = (\d+)[,;]", (CSRC / "cuda/plan.h").read_text())
+        name: int(value)
+        for name, value in re.findall(r"(k\w+) = (\d+)[,;]", (CSRC / "cuda/kernels/plan.h").read_text())
     }
     found = re.findall(r"__global__\s+void\s+__launch_bounds__\((\w+).*\)\s+(\w+)\(", sources)
     assert len(found) == len(re.findall(r"\b__global__\b", sources)), "a kernel without __launch_bounds__"

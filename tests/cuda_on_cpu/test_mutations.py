@@ -32,12 +32,12 @@ class Mutation:
     settings: Sequence[Settings] = (Settings(),)
 
 
-FORWARD, BACKWARD = "launch_cross_entropy_forward.cu", "launch_cross_entropy_backward.cu"
+FORWARD, BACKWARD = "cross_entropy_forward.cu", "cross_entropy_backward.cu"
 TILE_ROWS = Case("", "", (300, 10), reduction="mean")
 REGISTER_ROWS = Case("", "", (5, 40), reduction="none")
 BLOCK_ROWS = Case("", "", (5, 1101), reduction="none")
 SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
-LOG_SOFTMAX = "launch_log_softmax.cu"
+LOG_SOFTMAX = "log_softmax.cu"
 CLUSTER_ROWS = Case("", "", (7, 3001), op="log_softmax")
 CLUSTERS_THAT_WALK = [
     Settings(device=CudaDevice(1, 24 << 10, 4), order=order, most_blocks=1) for order in (DESCENDING, RANDOM)
@@ -134,7 +134,7 @@ def test_found(mutation: Mutation, kernels: Kernels, tmp_path: Path) -> None:
     _check(kernels, mutation)  # the comparison passes without the mistake
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    file = csrc / "cuda" / mutation.file
+    file = csrc / "cuda" / "kernels" / mutation.file
     text = file.read_text()
     assert text.count(mutation.old) == 1, f"{mutation.file} has changed: give this mutation another place"
     file.write_text(text.replace(mutation.old, mutation.new))

@@ -1,4 +1,4 @@
-"""csrc/cuda/plan.cpp: which kernel solves a problem on which device, and that its threads cover it."""
+"""csrc/cuda/kernels/plan.cpp: which kernel solves a problem on which device, and that its threads cover it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../problem.h"
+#include "../../problem.h"
 #include "plan.h"
 
 namespace nllx {

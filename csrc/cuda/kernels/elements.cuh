@@ -8,9 +8,9 @@
 
 #include <type_traits>
 
-#include "../online_softmax.h"
+#include "../../online_softmax.h"
 #include "cuda_launch.h"
-#include "kernels.h"
+#include "launches.h"
 
 namespace nllx {
 

@@ -3,7 +3,7 @@
 // result is the same, bit for bit, for any number of threads.
 #pragma once
 
-#include "../problem.h"
+#include "../../problem.h"
 
 namespace nllx {
 

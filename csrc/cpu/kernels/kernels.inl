@@ -1,5 +1,5 @@
 // Every CPU kernel, compiled once per capability unit.
-#include "../online_softmax.h"
+#include "../../online_softmax.h"
 #include "kernels.h"
 #include "vec.h"
 

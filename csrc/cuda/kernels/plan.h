@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../problem.h"
+#include "../../problem.h"
 
 namespace nllx {
 
