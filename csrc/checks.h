@@ -11,13 +11,16 @@
 
 namespace nllx {
 
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalDtype = std::optional<at::ScalarType>;
+
 struct LossArguments {
   const char* op;            // "cross_entropy" or "nll_loss"
   const char* input_name;    // "logits" or "log_probs"
   bool takes_probabilities;  // cross_entropy: a target of the input's shape holds class probabilities
   const at::Tensor& input;
   const at::Tensor& target;
-  const std::optional<at::Tensor>& weight;
+  const OptionalTensor& weight;
   int64_t reduction;
   int64_t ignore_index;
   double label_smoothing = 0;
@@ -46,7 +49,7 @@ void check_no_internal_overlap(const char* op, const char* name, const at::Tenso
 // The tensor that a gradient is written to: shape, dtype and device of the input, every element once; it may be the
 // input, but not a part of it, and not one of the other tensors.
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& input, const at::Tensor& target,
-               const std::optional<at::Tensor>& weight);
+               const OptionalTensor& weight);
 // t, or a copy of it where it shares memory with `out`, if that is given: what is read while out is written.
 at::Tensor apart_from(const at::Tensor& t, const at::Tensor& out);
 

@@ -1,4 +1,4 @@
-// The graph of one level of torch.func.grad, whose other parts are in nllx/_transforms.py.
+// The graph of one level of torch.func.grad, whose other parts are in nllx/_operators/functorch.py.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

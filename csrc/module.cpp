@@ -2,6 +2,7 @@
 #include <c10/macros/Macros.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include <map>
 #include <string>
@@ -10,6 +11,9 @@
 #include "cuda/kernels/plan.h"
 #include "grad_level.h"
 #include "python_calls.h"
+#ifdef NLLX_WITH_CUDA
+#include "cuda/bad_target.h"
+#endif
 
 #ifndef NLLX_CUDA_ARCHITECTURES
 #define NLLX_CUDA_ARCHITECTURES ""
@@ -80,6 +84,15 @@ pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, 
 }
 
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nllx, m) {
+  // Raises IndexError for a class index out of range that a kernel has met on a GPU and nothing has raised yet.
+  m.def("_check_errors() -> ()", [] {
+#ifdef NLLX_WITH_CUDA
+    nllx::raise_pending_bad_target();
+#endif
+  });
+}
 
 // Nothing here relies on the interpreter lock: what outlives a call is constant, atomic, or behind a mutex.
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {

@@ -3,15 +3,20 @@
 #include "python_calls.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
-#include "backward_node.h"
+#include <functional>
+#include <string>
+
 #include "message.h"
-#include "ops.h"
+#include "operators/cross_entropy.h"
+#include "operators/log_softmax.h"
+#include "operators/nll_loss.h"
 
 namespace nllx {
 
@@ -20,85 +25,74 @@ namespace {
 // The arguments of one call, taken in order. nllx/functional.py gives all of them by position.
 class Arguments {
  public:
-  Arguments(const char* op, PyObject* const* values, Py_ssize_t given, Py_ssize_t wanted) : op_(op), next_(values) {
-    TORCH_CHECK_TYPE(given == wanted, op, "() takes ", number(wanted), " arguments, but got ", number(given));
+  Arguments(const Schema& schema, PyObject* const* values, Py_ssize_t given) : schema_(schema), values_(values) {
+    TORCH_CHECK_TYPE(given == static_cast<Py_ssize_t>(schema.argument_count), schema.name, "() takes ",
+                     number(schema.argument_count), " arguments, but got ", number(given));
   }
 
-  const at::Tensor& tensor(const char* name) {
-    PyObject* value = *next_++;
-    TORCH_CHECK_TYPE(THPVariable_Check(value), op_, "(): argument '", name, "' must be Tensor, not ",
+  // Of the type of a parameter; tensors as they are, uncounted, since Python holds them during the call.
+  template <typename Parameter>
+  auto take() {
+    PyObject* value = values_[place_++];
+    using T = std::decay_t<Parameter>;
+    if constexpr (std::is_same_v<T, at::Tensor>) {
+      return std::cref(tensor(value));
+    } else if constexpr (std::is_same_v<T, OptionalTensor>) {
+      return value == Py_None ? OptionalTensor() : OptionalTensor(tensor(value));
+    } else if constexpr (std::is_same_v<T, OptionalDtype>) {
+      TORCH_CHECK_TYPE(value == Py_None || THPDtype_Check(value), schema_.name, "(): argument 'dtype' must be ",
+                       "torch.dtype, not ", Py_TYPE(value)->tp_name);
+      return value == Py_None ? OptionalDtype() : OptionalDtype(reinterpret_cast<THPDtype*>(value)->scalar_type);
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return value == Py_True;
+    } else if constexpr (std::is_same_v<T, double>) {
+      const double real = PyFloat_AsDouble(value);
+      if (real == -1. && PyErr_Occurred()) throw python_error();
+      return real;
+    } else {
+      const int64_t integer = PyLong_AsLongLong(value);
+      if (integer == -1 && PyErr_Occurred()) throw python_error();
+      return T(integer);
+    }
+  }
+
+ private:
+  const at::Tensor& tensor(PyObject* value) const {
+    // torch's functions call their first argument so.
+    const std::string_view name = place_ == 1 ? "input" : schema_.arguments[place_ - 1];
+    TORCH_CHECK_TYPE(THPVariable_Check(value), schema_.name, "(): argument '", name, "' must be Tensor, not ",
                      Py_TYPE(value)->tp_name);
     return THPVariable_Unpack(value);
   }
-  OptionalTensor optional_tensor(const char* name) {
-    if (*next_ != Py_None) return tensor(name);
-    ++next_;
-    return std::nullopt;
-  }
-  int64_t integer() {
-    const int64_t value = PyLong_AsLongLong(*next_++);
-    if (value == -1 && PyErr_Occurred()) throw python_error();
-    return value;
-  }
-  double real() {
-    const double value = PyFloat_AsDouble(*next_++);
-    if (value == -1. && PyErr_Occurred()) throw python_error();
-    return value;
-  }
-  bool boolean() { return *next_++ == Py_True; }
 
- private:
-  const char* op_;
-  PyObject* const* next_;
+  const Schema& schema_;
+  PyObject* const* values_;
+  size_t place_ = 0;
 };
 
-// Runs a loss while other Python threads go on, and gives its result to Python; NotImplemented while torch.jit.trace
+// A loss as a function of Python. Other Python threads go on while it runs; NotImplemented while torch.jit.trace
 // watches, which may be for ONNX.
-template <typename Loss>
-PyObject* call_without_gil(const Loss& loss) {
-  if (torch::jit::tracer::isTracing()) Py_RETURN_NOTIMPLEMENTED;
-  at::Tensor result;
-  {
-    pybind11::gil_scoped_release no_gil;
-    result = loss();
+template <typename Loss, typename Signature = typename Loss::Signature>
+struct Call;
+template <typename Loss, typename... A>
+struct Call<Loss, at::Tensor(A...)> {
+  static constexpr Schema kSchema = parse_schema(Loss::kSchema);
+
+  static PyObject* run(PyObject*, PyObject* const* values, Py_ssize_t given) {
+    HANDLE_TH_ERRORS
+    Arguments arguments(kSchema, values, given);
+    // Braces: in this order.
+    const auto taken = std::tuple{arguments.take<A>()...};
+    if (torch::jit::tracer::isTracing()) Py_RETURN_NOTIMPLEMENTED;
+    at::Tensor result;
+    {
+      pybind11::gil_scoped_release no_gil;
+      result = std::apply([](const auto&... a) { return call<Loss>(static_cast<A>(a)...); }, taken);
+    }
+    return THPVariable_Wrap(std::move(result));
+    END_HANDLE_TH_ERRORS
   }
-  return THPVariable_Wrap(std::move(result));
-}
-
-PyObject* py_cross_entropy(PyObject*, PyObject* const* values, Py_ssize_t given) {
-  HANDLE_TH_ERRORS
-  Arguments args("cross_entropy", values, given, 7);
-  const at::Tensor &logits = args.tensor("input"), &target = args.tensor("target");
-  const OptionalTensor weight = args.optional_tensor("weight");
-  const int64_t reduction = args.integer(), ignore_index = args.integer();
-  const double label_smoothing = args.real();
-  const bool inplace_backward = args.boolean();
-  return call_without_gil([&] {
-    return nllx::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt,
-                               inplace_backward);
-  });
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* py_nll_loss(PyObject*, PyObject* const* values, Py_ssize_t given) {
-  HANDLE_TH_ERRORS
-  Arguments args("nll_loss", values, given, 5);
-  const at::Tensor &log_probs = args.tensor("input"), &target = args.tensor("target");
-  const OptionalTensor weight = args.optional_tensor("weight");
-  const int64_t reduction = args.integer(), ignore_index = args.integer();
-  return call_without_gil(
-      [&] { return nllx::nll_loss(log_probs, target, weight, reduction, ignore_index, std::nullopt); });
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* py_log_softmax(PyObject*, PyObject* const* values, Py_ssize_t given) {
-  HANDLE_TH_ERRORS
-  Arguments args("log_softmax", values, given, 2);
-  const at::Tensor& input = args.tensor("input");
-  const int64_t dim = args.integer();
-  return call_without_gil([&] { return nllx::log_softmax(input, dim, std::nullopt); });
-  END_HANDLE_TH_ERRORS
-}
+};
 
 // For nllx.patch, which asks it of every call.
 PyObject* py_are_plain(PyObject*, PyObject* const* values, Py_ssize_t given) {
@@ -135,14 +129,19 @@ PyCFunction as_method(Function* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+// A function of the operator's name and arguments, all of them by position.
+template <typename Loss>
+PyMethodDef method() {
+  static const std::string name(parse_schema(Loss::kSchema).name);
+  static const std::string text =
+      std::string(Loss::kSchema) + "\n\ntorch.ops.nllx." + name + ", with less work for each call.";
+  return {name.c_str(), as_method(&Call<Loss>::run), METH_FASTCALL, text.c_str()};
+}
+
 PyMethodDef methods[] = {
-    {"cross_entropy", as_method(&py_cross_entropy), METH_FASTCALL,
-     "cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward): "
-     "torch.ops.nllx.cross_entropy, with less work for each call."},
-    {"nll_loss", as_method(&py_nll_loss), METH_FASTCALL,
-     "nll_loss(input, target, weight, reduction, ignore_index): torch.ops.nllx.nll_loss, likewise."},
-    {"log_softmax", as_method(&py_log_softmax), METH_FASTCALL,
-     "log_softmax(input, dim): torch.ops.nllx.log_softmax, likewise."},
+    method<CrossEntropy>(),
+    method<NllLoss>(),
+    method<LogSoftmax>(),
     {"are_plain", as_method(&py_are_plain), METH_FASTCALL,
      "are_plain(input, *others): whether all are strided CPU tensors of torch's own class, the first of a dtype that "
      "the "

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 class BuildInfo(TypedDict):
@@ -52,10 +53,19 @@ def cross_entropy(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
+    dtype: torch.dtype | None,
     inplace_backward: bool,
     /,
 ) -> Tensor: ...
-def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, /) -> Tensor: ...
-def log_softmax(input: Tensor, dim: int, /) -> Tensor: ...
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    dtype: torch.dtype | None,
+    /,
+) -> Tensor: ...
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None, /) -> Tensor: ...
 def are_plain(input: object, /, *others: object) -> bool: ...
 def pack_hooks() -> list[Callable[[Tensor], object]]: ...

@@ -77,10 +77,8 @@ def load() -> None:
         ) from error
     _C.cpu_capability()  # a capability that this CPU cannot run is an error here and not in the middle of a training
 
-    from nllx import _fake, _reference, _transforms
+    from nllx import _operators
 
     library = torch.library.Library("nllx", "IMPL")
     _libraries.append(library)
-    _fake.register()
-    _reference.register(library)
-    _transforms.register(library)
+    _operators.register(library)

@@ -213,8 +213,10 @@ class _Checked:
         return loss
 
     @staticmethod
-    def nll_loss(input: Tensor, target: Tensor, weight: Any, reduction: int, ignore_index: int) -> Tensor:
-        loss: Tensor = _C.nll_loss(input, target, weight, reduction, ignore_index)
+    def nll_loss(
+        input: Tensor, target: Tensor, weight: Any, reduction: int, ignore_index: int, *options: Any
+    ) -> Tensor:
+        loss: Tensor = _C.nll_loss(input, target, weight, reduction, ignore_index, *options)
         _check("nll_loss", input, target, loss, reduction, ignore_index)
         return loss
 

@@ -14,8 +14,9 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from nllx import _C, _reference
-from nllx._fake import MEAN_OR_ZERO
+from nllx import _C, _operators
+from nllx._operators.losses import in_onnx_export
+from nllx._operators.shapes import MEAN_OR_ZERO
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "nll_loss"]
 
@@ -80,7 +81,7 @@ def _real(op: str, name: str, value: Any) -> float:
 
 # torch's own, for what knows only those. importlib.reload keeps them: nllx.patch may have put others in their place.
 _TORCHS: dict[str, Callable[..., Tensor]] = globals().get("_TORCHS") or {
-    name: getattr(torch.nn.functional, name) for name in ("cross_entropy", "nll_loss", "log_softmax")
+    name: getattr(torch.nn.functional, name) for name in __all__ if hasattr(torch.nn.functional, name)
 }
 
 
@@ -90,7 +91,7 @@ def _in_onnx(
     """By torch's operators, since ONNX has no others: as torch's function where torch's exporters keep all options, else by the
     definition (of torch 2.13, they leave label smoothing out, without a word, and stop at probabilities)."""
     if number == MEAN_OR_ZERO or any(smoothing) or target.is_floating_point():
-        return getattr(_reference, name)(input, target, weight, number, ignore_index, *smoothing)
+        return getattr(_operators, name).composite(input, target, weight, number, ignore_index, *smoothing)
     target = target if target.dtype == torch.int64 else target.long()
     reduction = ("none", "mean", "sum")[number]
     return _TORCHS[name](input, target, weight, ignore_index=ignore_index, reduction=reduction)
@@ -268,12 +269,14 @@ def cross_entropy(
     if zero_division is not _NAN:
         number = _mean_or_zero("cross_entropy", number, zero_division)
     if not torch.compiler.is_compiling():
-        loss = _C.cross_entropy(input, target, weight, number, ignore_index, label_smoothing, bool(inplace_backward))
+        loss = _C.cross_entropy(
+            input, target, weight, number, ignore_index, label_smoothing, None, bool(inplace_backward)
+        )
         if loss is not NotImplemented:
             return loss
     # What traces sees operators alone.
     _check_tensors("cross_entropy", input=input, target=target, weight=weight)
-    if _reference.in_onnx_export():
+    if in_onnx_export():
         return _in_onnx("cross_entropy", input, target, weight, number, ignore_index, label_smoothing)
     # Not in place: a compiler's backends differ in what they let the operator see.
     return _cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
@@ -401,11 +404,11 @@ def nll_loss(
     if zero_division is not _NAN:
         number = _mean_or_zero("nll_loss", number, zero_division)
     if not torch.compiler.is_compiling():
-        loss = _C.nll_loss(input, target, weight, number, ignore_index)
+        loss = _C.nll_loss(input, target, weight, number, ignore_index, None)
         if loss is not NotImplemented:
             return loss
     _check_tensors("nll_loss", input=input, target=target, weight=weight)
-    if _reference.in_onnx_export():
+    if in_onnx_export():
         return _in_onnx("nll_loss", input, target, weight, number, ignore_index)
     return _nll_loss(input, target, weight, number, ignore_index)
 
@@ -453,12 +456,12 @@ def log_softmax(
     if dtype is not None:
         dtype = _dtype("log_softmax", dtype)
     if dtype is None and not torch.compiler.is_compiling():
-        result = _C.log_softmax(input, dim)
+        result = _C.log_softmax(input, dim, None)
         if result is not NotImplemented:
             return result
     if input.is_nested:
         return _nested_log_softmax(input, dim, dtype)
-    if _reference.in_onnx_export():
+    if in_onnx_export():
         return _TORCHS["log_softmax"](input, dim, dtype=dtype)
     return _log_softmax(input, dim, dtype)
 
@@ -468,5 +471,5 @@ def _prepare_scriptable(function: Any) -> None:
     function.__prepare_scriptable__ = lambda: _TORCHS[function.__name__]
 
 
-for _function in (cross_entropy, nll_loss, log_softmax):
-    _prepare_scriptable(_function)
+for _name in _TORCHS:
+    _prepare_scriptable(globals()[_name])

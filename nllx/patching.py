@@ -17,8 +17,8 @@ from torch.overrides import _get_current_function_mode_stack, handle_torch_funct
 from torch.utils._device import DeviceContext
 
 from nllx import _C, functional, modules
-from nllx._fake import FLOATING
-from nllx._reference import in_onnx_export
+from nllx._operators.losses import in_onnx_export
+from nllx._operators.shapes import FLOATING
 
 __all__ = ["convert", "patch", "patch_report", "patched", "revert", "unpatch"]
 
@@ -192,7 +192,7 @@ def _log_softmax(
 
 
 _REPLACEMENTS: dict[str, Callable[..., Tensor]] = _kept(
-    "_REPLACEMENTS", {"cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "log_softmax": _log_softmax}
+    "_REPLACEMENTS", {name: globals()[f"_{name}"] for name in _torchs}
 )
 for _name, _replacement in _REPLACEMENTS.items():
     # As torch's own: pickles hold the function's name, and mean whatever is there when they are loaded.
@@ -330,9 +330,7 @@ def patch_report(*, reset: bool = False) -> dict[str, dict[str, int]]:
 
 
 _MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.CrossEntropyLoss: modules.CrossEntropyLoss,
-    torch.nn.NLLLoss: modules.NLLLoss,
-    torch.nn.LogSoftmax: modules.LogSoftmax,
+    getattr(torch.nn, name): getattr(modules, name) for name in modules.__all__
 }
 
 

@@ -11,7 +11,7 @@ from cases import REDUCTIONS, Case, Problem, build, grad_output
 from torch import Tensor
 from torch.testing import assert_close
 
-from nllx import _reference
+from nllx import _operators
 
 # Units in the last place of the accumulation's precision that a kernel may be off, in the largest term that it adds:
 # one each for the exponential, the logarithm, the factor and the divisor, and as many again for the sum over the
@@ -20,20 +20,20 @@ ULPS = 8
 
 
 class Reference:
-    """``nllx._reference`` under the signatures of ``torch.nn.functional``."""
+    """The definitions under the signatures of ``torch.nn.functional``."""
 
     @staticmethod
     def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
         reduction = REDUCTIONS.index(reduction)
-        return _reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        return _operators.cross_entropy.composite(input, target, weight, reduction, ignore_index, label_smoothing)
 
     @staticmethod
     def nll_loss(input, target, weight=None, *, ignore_index=-100, reduction="mean"):
-        return _reference.nll_loss(input, target, weight, REDUCTIONS.index(reduction), ignore_index)
+        return _operators.nll_loss.composite(input, target, weight, REDUCTIONS.index(reduction), ignore_index)
 
     @staticmethod
     def log_softmax(input, dim, dtype=None):
-        return _reference.log_softmax(input, dim, dtype)
+        return _operators.log_softmax.composite(input, dim, dtype)
 
 
 @dataclasses.dataclass

@@ -21,22 +21,23 @@ def test_direct_calls_are_the_operators() -> None:
     logits, target, weight = _inputs()
     ops = torch.ops.nllx
     assert torch.equal(
-        _C.cross_entropy(logits, target, weight, 2, 1, 0.1, False), ops.cross_entropy(logits, target, weight, 2, 1, 0.1)
+        _C.cross_entropy(logits, target, weight, 2, 1, 0.1, None, False),
+        ops.cross_entropy(logits, target, weight, 2, 1, 0.1),
     )
-    assert torch.equal(_C.nll_loss(logits, target, None, 0, -100), ops.nll_loss(logits, target, None, 0, -100))
-    assert torch.equal(_C.log_softmax(logits, -1), ops.log_softmax(logits, -1))
+    assert torch.equal(_C.nll_loss(logits, target, None, 0, -100, None), ops.nll_loss(logits, target, None, 0, -100))
+    assert torch.equal(_C.log_softmax(logits, -1, None), ops.log_softmax(logits, -1))
 
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (_C.cross_entropy, (None, torch.zeros(1), None, 1, -100, 0.0, False)),
-        (_C.cross_entropy, (torch.zeros(1, 2), [0], None, 1, -100, 0.0, False)),
-        (_C.cross_entropy, (torch.zeros(1, 2), torch.zeros(1), 1.0, 1, -100, 0.0, False)),
-        (_C.cross_entropy, (torch.zeros(1, 2), torch.zeros(1), None, "mean", -100, 0.0, False)),
-        (_C.cross_entropy, (torch.zeros(1, 2), torch.zeros(1), None, 1, -100, "0", False)),
+        (_C.cross_entropy, (None, torch.zeros(1), None, 1, -100, 0.0, None, False)),
+        (_C.cross_entropy, (torch.zeros(1, 2), [0], None, 1, -100, 0.0, None, False)),
+        (_C.cross_entropy, (torch.zeros(1, 2), torch.zeros(1), 1.0, 1, -100, 0.0, None, False)),
+        (_C.cross_entropy, (torch.zeros(1, 2), torch.zeros(1), None, "mean", -100, 0.0, None, False)),
+        (_C.cross_entropy, (torch.zeros(1, 2), torch.zeros(1), None, 1, -100, "0", None, False)),
         (_C.nll_loss, (torch.zeros(1, 2),)),
-        (_C.log_softmax, (3, 1)),
+        (_C.log_softmax, (3, 1, None)),
     ],
 )
 def test_direct_calls_refuse_what_is_no_argument(function, arguments: tuple[object, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The definition in plain torch, ``nllx._reference``, against torch's losses and against the formulas, row by row."""
+"""The definition in plain torch, ``nllx._operators``, against torch's losses and against the formulas, row by row."""
 
 from __future__ import annotations
 

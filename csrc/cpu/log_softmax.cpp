@@ -4,7 +4,6 @@
 
 #include "../checks.h"
 #include "../layout.h"
-#include "../ops.h"
 #include "capability.h"
 #include "large_memory.h"
 #include "parallel.h"

@@ -8,7 +8,6 @@
 
 #include "../checks.h"
 #include "../layout.h"
-#include "../ops.h"
 #include "bad_target.h"
 #include "workspace.h"
 

@@ -1,48 +1,13 @@
-// CPU entries of cross_entropy and nll_loss: checks, problem, chunks, kernel, reduction.
+// CPU entries of cross_entropy: checks, problem, chunks, kernel, reduction.
 #include <torch/library.h>
 
-#include "../loss_problem.h"
-#include "../online_softmax.h"
-#include "../ops.h"
 #include "capability.h"
 #include "large_memory.h"
-#include "parallel.h"
+#include "reduce.h"
 
 namespace nllx {
 
 using at::Tensor;
-
-namespace {
-
-void set_scalar(Tensor& t, double value) {
-  if (t.scalar_type() == at::kDouble) {
-    *t.mutable_data_ptr<double>() = value;
-  } else if (t.scalar_type() == at::kFloat) {
-    *t.mutable_data_ptr<float>() = static_cast<float>(value);
-  } else {
-    t.fill_(value);
-  }
-}
-
-constexpr int64_t kGatheredRow = 128;
-
-void raise_if_bad(const ChunkResult& result, const LossArguments& a, const LossProblem& loss) {
-  if (result.bad_target < 0) return;
-  raise_bad_target(a.op, a.target.sizes(), result.bad_target,
-                   load_index(loss.targets.index, loss.targets.index_type, result.bad_target),
-                   a.input.size(loss.class_dim), a.ignore_index);
-}
-
-// The mean over nothing is NaN, as torch has it, unless zero is asked for.
-void reduce(const ChunkResult& result, const LossProblem& loss, int64_t reduction, Tensor& loss_tensor,
-            Tensor& total_weight) {
-  const double weight = loss.probabilities_given ? loss.probability_rows() : index_divisor(loss.targets, result.weight);
-  set_scalar(total_weight, weight);
-  if (static_cast<Reduction>(reduction) == Reduction::kSum) set_scalar(loss_tensor, result.loss);
-  if (is_mean(static_cast<Reduction>(reduction))) set_scalar(loss_tensor, result.loss / weight);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& logits, const Tensor& target,
                                                              const OptionalTensor& weight, int64_t reduction,
@@ -196,71 +161,12 @@ Tensor cross_entropy_value_and_grad_out_cpu(const Tensor& logits, const Tensor& 
       {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing}, dtype, out));
 }
 
-std::tuple<Tensor, Tensor> nll_loss_forward_cpu(const Tensor& log_probs, const Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                OptionalDtype dtype) {
-  const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
-  LossProblem loss = make_loss_problem(args, dtype);
-  Tensor result = empty_loss(loss, reduction);
-  Tensor total_weight = empty_beside(log_probs, {}, loss.acc_dtype);
-  ChunkResult total;
-  if (loss.rows() > 0) {
-    NllLossForward p;
-    const Arrays arrays = share_layout(loss, nullptr);
-    p.extent = arrays.extent;
-    p.log_probs = loss.input.const_data_ptr();
-    p.strides = arrays.strides[0];
-    p.targets = loss.targets;
-    if (static_cast<Reduction>(reduction) == Reduction::kNone) p.row_loss = result.mutable_data_ptr();
-    p.row_loss_is_acc = loss.loss_is_acc();
-    // One number per row is read, whatever the layout; where rows are long, each comes from a page of its own, and
-    // takes as long as some kGatheredRow logits that are read one after the other.
-    Extent gathered = p.extent;
-    if (gathered.classes > kGatheredRow) gathered.classes = kGatheredRow;
-    const Chunks chunks(gathered, Layout::kRows);
-    const auto kernel = cpu_capability().kernels->nll_loss_forward[static_cast<int>(loss.float_type())];
-    total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
-    raise_if_bad(total, args, loss);
-  }
-  reduce(total, loss, reduction, result, total_weight);
-  return {result, total_weight};
-}
-
-Tensor nll_loss_backward_cpu(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
-                             const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
-                             int64_t ignore_index) {
-  const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
-  LossProblem loss = make_loss_problem(args, std::nullopt);
-  NllLossBackward p;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
-  check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, log_probs);
-  const Tensor divisor = aligned(total_weight);
-  Tensor grad = empty_like_large(log_probs);
-  if (loss.rows() == 0) return grad;
-  Tensor computed = grad;
-  const Arrays arrays = writable_arrays(computed, loss.class_dim);  // the input itself is not read
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.targets = loss.targets;
-  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = divisor.const_data_ptr();
-  p.grad_log_probs = computed.mutable_data_ptr();
-  p.grad_strides = arrays.strides[0];
-  Chunks chunks(p.extent, p.layout);
-  chunks.stream = is_streamed(computed);
-  const auto kernel = cpu_capability().kernels->nll_loss_backward[static_cast<int>(loss.float_type())];
-  raise_if_bad(sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); }), args,
-               loss);
-  return finish_gradient(computed, grad, log_probs.scalar_type());
-}
-
 TORCH_LIBRARY_IMPL(nllx, CPU, m) {
   m.impl("cross_entropy_forward", &cross_entropy_forward_cpu);
   m.impl("cross_entropy_backward", &cross_entropy_backward_cpu);
   m.impl("cross_entropy_backward.out", &cross_entropy_backward_out_cpu);
   m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad_cpu);
   m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out_cpu);
-  m.impl("nll_loss_forward", &nll_loss_forward_cpu);
-  m.impl("nll_loss_backward", &nll_loss_backward_cpu);
 }
 
 }  // namespace nllx

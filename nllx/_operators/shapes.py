@@ -1,6 +1,6 @@
-"""Fake kernels: shape, dtype, device and layout of every result, from symbolic sizes and without data.
+"""Shapes, dtypes and devices: which fit, from symbolic sizes and without data, for fakes and definitions.
 
-Shapes are checked as the kernels check them, since torch.compile and torch.export see these errors first; values, which the
+They are checked as the kernels check them, since torch.compile and torch.export see these errors first; values, which the
 kernels check, cannot be.
 """
 
@@ -91,7 +91,7 @@ def check_arguments(
         torch._check(
             target.is_floating_point(),
             lambda: (
-                f"{op}: Expected floating point type for target with class probabilities, got {_name(target.dtype)}; for "
+                f"{op}: Expected floating point type for target with class probabilities, got {dtype_name(target.dtype)}; for "
                 f"one-hot targets call target.argmax({class_dim(input)}) or target.to({name}.dtype)"
             ),
         )
@@ -132,10 +132,10 @@ def check_arguments(
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """Raises for a dtype that has no kernel."""
     if dtype not in FLOATING:
-        raise NotImplementedError(f"\"{op}\" not implemented for '{_name(dtype)}'")
+        raise NotImplementedError(f"\"{op}\" not implemented for '{dtype_name(dtype)}'")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """The name that messages from C++ have: Float for float32."""
     return _SCALAR_TYPES.get(dtype) or str(dtype).removeprefix("torch.")
 
@@ -183,8 +183,9 @@ def _check_index_target(op: str, name: str, input: Tensor, target: Tensor) -> No
     torch._check(
         target.dtype in INDICES,
         lambda: (
-            f"{op}: expected target dtype to be Long or Byte (or another integer, or Bool), but got {_name(target.dtype)}: "
-            f"target has dtype {_name(target.dtype)} and the shape of class indices; call target.long()"
+            f"{op}: expected target dtype to be Long or Byte (or another integer, or Bool), but got "
+            f"{dtype_name(target.dtype)}: target has dtype "
+            f"{dtype_name(target.dtype)} and the shape of class indices; call target.long()"
         ),
     )
 
@@ -202,25 +203,18 @@ def _check_weight(op: str, name: str, input: Tensor, weight: Tensor, probabiliti
     if probabilities:
         if weight.is_complex():
             raise NotImplementedError(
-                f"{op}: weight must be real, but has dtype {_name(weight.dtype)}; a complex loss has no gradient to descend"
+                f"{op}: weight must be real, but has dtype {dtype_name(weight.dtype)}; a complex loss has no gradient to "
+                "descend"
             )
         return
     takes = weight.dtype == input.dtype or (input.dtype in HALF and weight.dtype in (torch.float32, torch.float64))
     torch._check(
         takes,
         lambda: (
-            f"{op}: expected scalar type {_name(input.dtype)} but found {_name(weight.dtype)} for weight; call "
+            f"{op}: expected scalar type {dtype_name(input.dtype)} but found {dtype_name(weight.dtype)} for weight; call "
             f"weight.to({name}.dtype)"
         ),
     )
-
-
-def check_log_softmax(input: Tensor, dim: int) -> None:
-    """Raises what the kernels raise for a dtype or a dimension that does not fit."""
-    check_dtype("log_softmax", input.dtype)
-    limit = max(input.dim(), 1)
-    if not -limit <= dim < limit:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-limit}, {limit - 1}], but got {dim})")
 
 
 def check_devices(op: str, input: Tensor, **others: Tensor | None) -> None:
@@ -243,133 +237,3 @@ def loss_dtypes(
         if weight is not None:
             loss = torch.promote_types(loss, weight.dtype)
     return dtype or loss, torch.float64 if loss == torch.float64 else torch.float32
-
-
-def _cross_entropy_forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
-    loss, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
-    rows = row_shape(logits)
-    return (
-        logits.new_empty(rows if reduction == 0 else [], dtype=loss),
-        logits.new_empty([*rows, 2], dtype=acc),
-        logits.new_empty([], dtype=acc),
-    )
-
-
-def _cross_entropy_backward(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    row_stats: Tensor,
-    total_weight: Tensor,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
-    check_devices("cross_entropy", logits, grad_output=grad_output, row_stats=row_stats, total_weight=total_weight)
-    return torch.empty_like(logits)
-
-
-def _cross_entropy_value_and_grad(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    loss = _cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]
-    if reduction == NONE:
-        raise ValueError("cross_entropy: reduction 'none' gives one loss per row, which has no gradient")
-    return loss, torch.empty_like(logits)
-
-
-def _cross_entropy_value_and_grad_out(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    dtype: torch.dtype | None,
-    out: Tensor,
-) -> Tensor:
-    loss, grad = _cross_entropy_value_and_grad(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
-    torch._check(
-        not differ(out.shape, grad.shape) and out.dtype == grad.dtype and out.device == grad.device,
-        lambda: (
-            f"cross_entropy: out must have shape {list(logits.shape)} and dtype {logits.dtype} on {logits.device}, as logits "
-            f"has, but got {list(out.shape)} and {out.dtype} on {out.device}"
-        ),
-    )
-    return loss
-
-
-def _nll_loss_forward(
-    log_probs: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
-    loss, acc = loss_dtypes(log_probs, target, weight, False, dtype)
-    return log_probs.new_empty(row_shape(log_probs) if reduction == 0 else [], dtype=loss), log_probs.new_empty(
-        [], dtype=acc
-    )
-
-
-def _nll_loss_backward(
-    grad_output: Tensor,
-    log_probs: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    total_weight: Tensor,
-    reduction: int,
-    ignore_index: int,
-) -> Tensor:
-    check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
-    check_devices("nll_loss", log_probs, grad_output=grad_output, total_weight=total_weight)
-    return torch.empty_like(log_probs)
-
-
-def _log_softmax_forward(input: Tensor, dim: int) -> Tensor:
-    check_log_softmax(input, dim)
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
-
-
-def _log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
-    check_devices("log_softmax", output, grad_output=grad_output)
-    return torch.empty_like(output)
-
-
-def _checked_target(target: Tensor, classes: int, ignore_index: int, op: str) -> Tensor:
-    return torch.empty(target.shape, dtype=torch.int64, device=target.device)
-
-
-def register() -> None:
-    """Registers the fake kernels (which serve meta tensors too)."""
-    for fake in (
-        _cross_entropy_forward,
-        _cross_entropy_backward,
-        _cross_entropy_value_and_grad,
-        _cross_entropy_value_and_grad_out,
-        _nll_loss_forward,
-        _nll_loss_backward,
-        _log_softmax_forward,
-        _log_softmax_backward,
-    ):
-        torch.library.register_fake(f"nllx::{fake.__name__[1:]}", fake)
-    torch.library.register_fake("nllx::_checked_target", _checked_target)

@@ -1,5 +1,4 @@
-// CUDA entries of cross_entropy and nll_loss: checks, problem, launches on the current stream. No call waits for the
-// device.
+// CUDA entries of cross_entropy: checks, problem, launches on the current stream. No call waits for the device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -7,53 +6,12 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
-
-#include "../loss_problem.h"
-#include "../ops.h"
 #include "bad_target.h"
-#include "kernels/launches.h"
-#include "workspace.h"
+#include "outputs.h"
 
 namespace nllx {
 
 using at::Tensor;
-
-namespace {
-
-// Where a forward leaves its results, and the memory that it needs for a moment.
-struct Outputs {
-  LossReduction reduction;
-  Tensor partials, row_parts, counters;  // owners
-
-  Outputs(const LossProblem& loss, int64_t reduction, Tensor& result, Tensor& total_weight,
-          const LossWorkspace& workspace, cudaStream_t stream) {
-    const at::TensorOptions options = loss.input.options();
-    this->reduction.reduction = static_cast<Reduction>(reduction);
-    this->reduction.loss_is_acc = loss.loss_is_acc();
-    this->reduction.loss = result.mutable_data_ptr();
-    this->reduction.total_weight = total_weight.mutable_data_ptr();
-    if (workspace.partials > 0) {
-      partials = at::empty({workspace.partials}, options.dtype(at::kDouble));
-      this->reduction.partials = partials.mutable_data_ptr<double>();
-    }
-    if (workspace.row_part_bytes > 0) {
-      row_parts = at::empty({workspace.row_part_bytes}, options.dtype(at::kByte));
-      this->reduction.row_parts = row_parts.mutable_data_ptr();
-    }
-    if (workspace.counters) this->reduction.counters = zero_counters(options, stream, counters);
-  }
-};
-
-bool is_per_row(int64_t reduction) { return static_cast<Reduction>(reduction) == Reduction::kNone; }
-
-// The loss of no rows, or of rows without classes.
-void fill_empty(const LossProblem& loss, int64_t reduction, Tensor& result, Tensor& total_weight) {
-  total_weight.fill_(loss.probability_rows());
-  result.fill_(static_cast<Reduction>(reduction) == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logits, const Tensor& target,
                                                               const OptionalTensor& weight, int64_t reduction,
@@ -192,87 +150,12 @@ Tensor cross_entropy_value_and_grad_out_cuda(const Tensor& logits, const Tensor&
       {"cross_entropy", "logits", true, logits, target, weight, reduction, ignore_index, label_smoothing}, dtype, out));
 }
 
-std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const Tensor& target,
-                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                 OptionalDtype dtype) {
-  raise_pending_bad_target();
-  const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
-  LossProblem loss = make_loss_problem(args, dtype);
-  const c10::cuda::CUDAGuard guard(log_probs.device());
-  Tensor result = empty_loss(loss, reduction);
-  Tensor total_weight = at::empty({}, log_probs.options().dtype(loss.acc_dtype));
-  if (loss.rows() == 0) {
-    fill_empty(loss, reduction, result, total_weight);
-    return {result, total_weight};
-  }
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  NllLossForward p;
-  const Arrays arrays = share_layout(loss, nullptr);
-  p.extent = arrays.extent;
-  p.log_probs = loss.input.const_data_ptr();
-  p.strides = arrays.strides[0];
-  p.targets = loss.targets;
-  if (is_per_row(reduction)) {
-    p.row_loss = result.mutable_data_ptr();
-    p.row_loss_is_acc = loss.loss_is_acc();
-  }
-  const Outputs outputs(loss, reduction, result, total_weight, nll_loss_workspace(p), stream);
-  C10_CUDA_CHECK(launch_nll_loss_forward(p, outputs.reduction, loss.float_type(), bad_target_record(), stream));
-  raise_bad_target_if_synchronous(stream);
-  return {result, total_weight};
-}
-
-Tensor nll_loss_backward_cuda(const Tensor& grad_output, const Tensor& log_probs, const Tensor& target,
-                              const OptionalTensor& weight, const Tensor& total_weight, int64_t reduction,
-                              int64_t ignore_index) {
-  raise_pending_bad_target();
-  const LossArguments args{"nll_loss", "log_probs", false, log_probs, target, weight, reduction, ignore_index};
-  LossProblem loss = make_loss_problem(args, std::nullopt);
-  const c10::cuda::CUDAGuard guard(log_probs.device());
-  NllLossBackward p;
-  const Tensor g = incoming_gradient(grad_output, loss, args.op, reduction, p.grad_output, p.grad_output_stride);
-  check_saved(args.op, "total_weight", total_weight, loss.acc_dtype, 1, log_probs);
-  const Tensor divisor = aligned(total_weight);
-  Tensor grad = at::empty_like(log_probs);
-  if (grad.numel() == 0) return grad;
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Tensor computed = grad;
-  const Arrays arrays = writable_arrays(computed, loss.class_dim);
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.targets = loss.targets;
-  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = divisor.const_data_ptr();
-  p.grad_log_probs = computed.mutable_data_ptr();
-  p.grad_strides = arrays.strides[0];
-  C10_CUDA_CHECK(launch_nll_loss_backward(p, loss.float_type(), current_cuda_device(), bad_target_record(), stream));
-  raise_bad_target_if_synchronous(stream);
-  return finish_gradient(computed, grad, log_probs.scalar_type());
-}
-
-Tensor checked_target_cuda(const Tensor& target, int64_t classes, int64_t ignore_index, std::string_view /*op*/) {
-  raise_pending_bad_target();
-  const c10::cuda::CUDAGuard guard(target.device());
-  check_memory("nllx", "target", target);
-  const Tensor source = aligned(target.contiguous());
-  Tensor result = at::empty(target.sizes(), target.options().dtype(at::kLong));
-  if (target.numel() == 0) return result;
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(launch_checked_target(source.const_data_ptr(), index_type(source.scalar_type()), source.numel(),
-                                       classes, ignore_index, result.mutable_data_ptr<int64_t>(), bad_target_record(),
-                                       stream));
-  raise_bad_target_if_synchronous(stream);
-  return result;
-}
-
 TORCH_LIBRARY_IMPL(nllx, CUDA, m) {
   m.impl("cross_entropy_forward", &cross_entropy_forward_cuda);
   m.impl("cross_entropy_backward", &cross_entropy_backward_cuda);
   m.impl("cross_entropy_backward.out", &cross_entropy_backward_out_cuda);
   m.impl("cross_entropy_value_and_grad", &cross_entropy_value_and_grad_cuda);
   m.impl("cross_entropy_value_and_grad_out", &cross_entropy_value_and_grad_out_cuda);
-  m.impl("nll_loss_forward", &nll_loss_forward_cuda);
-  m.impl("nll_loss_backward", &nll_loss_backward_cuda);
-  m.impl("_checked_target", &checked_target_cuda);
 }
 
 }  // namespace nllx
