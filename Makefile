@@ -9,8 +9,9 @@ run := . build/environment.sh && python
 workers := -n auto --maxprocesses 4 --timeout 600 --timeout-method thread
 
 cpp_sources = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+markdown = *.md benchmarks/*.md docs/*.md $(shell find tests -name '*.md')
 
-.PHONY: help demo test integrations torture docs examples bench build lint lint-environment lint-cpp lint-python lint-types format cuda-check gpu-check clean FORCE
+.PHONY: help demo test integrations torture docs examples bench build lint lint-environment lint-cpp lint-python lint-types lint-markdown format cuda-check gpu-check clean FORCE
 
 help:
 	@echo "make demo        train three models with torch's loss and with nllx's, side by side"
@@ -21,8 +22,8 @@ help:
 	@echo "make build       build the extension in place"
 	@echo "make examples    run every file of examples/"
 	@echo "make bench       time nllx against torch (ARGS is passed on)"
-	@echo "make lint        clang-format, ruff and mypy"
-	@echo "make format      let clang-format and ruff rewrite the sources"
+	@echo "make lint        clang-format, ruff, mypy, and the width of Markdown"
+	@echo "make format      let clang-format and ruff rewrite the sources, and wrap Markdown"
 	@echo "make cuda-check  without a GPU: build for CUDA, check registers and spills, run the kernels' logic on the CPU"
 	@echo "make gpu-check   with a GPU: build, tests, compute-sanitizer, benchmarks; installs nothing"
 	@echo "make clean       remove what was built; environments stay"
@@ -75,7 +76,7 @@ build/extension.stamp: build/environment.sh setup.py pyproject.toml $(shell find
 	@$(run) setup.py --quiet build_ext --inplace --force
 	@mv $@.started $@
 
-lint: lint-cpp lint-python lint-types
+lint: lint-cpp lint-python lint-types lint-markdown
 
 lint-environment:
 	@$(setup) dev lint
@@ -90,10 +91,14 @@ lint-python: lint-environment
 lint-types: lint-environment
 	@$(run) -m mypy
 
+lint-markdown: lint-environment
+	@$(run) tools/wrap_markdown.py --check $(markdown)
+
 format: lint-environment
 	@. build/environment.sh && clang-format -i $(cpp_sources)
 	@$(run) -m ruff check --fix .
 	@$(run) -m ruff format .
+	@$(run) tools/wrap_markdown.py $(markdown)
 
 cuda-check: build
 	@bash tools/cuda_check.sh build kernels on-cpu

@@ -37,11 +37,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def _link(match: re.Match[str], folder: Path) -> str:
-    """A link as the site has it: pages to pages, README to its page, other files as downloads, folders as their names."""
+    """A link as the site has it: pages to pages, both READMEs to theirs, other files as downloads, folders as their names."""
     text, path, anchor = match.groups()
     file = (folder / path).resolve()
-    if file == _ROOT / "README.md":
-        return f"[{text}](readme.md{anchor or ''})"
+    pages = {_ROOT / "README.md": "index.md", _ROOT / "benchmarks" / "README.md": "benchmarks.md"}
+    if file in pages:
+        return f"[{text}]({pages[file]}{anchor or ''})"
     if file.parent == _ROOT / "docs":
         return f"[{text}]({file.name}{anchor or ''})"
     if file.is_dir():
@@ -51,9 +52,9 @@ def _link(match: re.Match[str], folder: Path) -> str:
 
 def _fix_links(app: object, name: str, source: list[str]) -> None:
     folder = _ROOT / "docs"
-    if name == "readme":
-        folder, source[0] = _ROOT, (_ROOT / "README.md").read_text()
-        source[0] = re.sub(r"!\[([^]]*)\]\(", r"![\1](../", source[0])
+    if name == "benchmarks":
+        folder = _ROOT / "benchmarks"
+        source[0] = re.sub(r"!\[([^]]*)\]\(", r"![\1](../benchmarks/", (folder / "README.md").read_text())
     source[0] = re.sub(r"(?<!!)\[([^]]+)\]\(([^):#]+)(#[^)]*)?\)", lambda match: _link(match, folder), source[0])
 
 

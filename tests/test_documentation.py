@@ -5,8 +5,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +65,12 @@ _CPU_ROWS = {
     "NLLLoss, 4096 × 1000": "nll-4096x1000",
     "LogSoftmax, 2048 × 32000": "log-softmax-2048x32000",
 }
+_IN_THE_PICTURE = [
+    "language model, 1024 × 50257",
+    "ImageNet, large batch, 4096 × 1000",
+    "many small rows, 262144 × 100",
+    "segmentation, 8 × 21 × 512 × 512, weights, ignored pixels",
+]
 _GPU_ROWS = {
     "8389 × 32000": "rows-8389x32000",
     "2093 × 128256": "rows-2093x128256",
@@ -74,54 +82,92 @@ _GPU_ROWS = {
 }
 _FORWARD, _BACKWARD, _BOTH = "forward", "backward", "forward+backward"
 _COMPILE = "torch.compile"
-# Page, start of the table's head, record, rows, and what the columns with ratios hold.
+# Page, start of the table's head, record, rows, and of what mode and provider each column has the time, the ratio to nllx's
+# time, or the memory in multiples of the logits.
 _TABLES = [
     (
         "README.md",
+        "| | nllx takes",
+        "cpu-2-cores-avx2",
+        _CPU_ROWS,
+        [
+            *((_BOTH, "nllx", "time"), (_BOTH, "torch", "ratio"), (_BOTH, _COMPILE, "ratio")),
+            *((_BOTH, "nllx", "memory"), (_BOTH, "torch", "memory"), (_BOTH, _COMPILE, "memory")),
+        ],
+    ),
+    (
+        "benchmarks/README.md",
         "| | forward: nllx",
         "cpu-2-cores-avx2",
         _CPU_ROWS,
-        {3: (_FORWARD, "torch"), 4: (_FORWARD, _COMPILE), 7: (_BOTH, "torch"), 8: (_BOTH, _COMPILE)},
+        [
+            *((_FORWARD, "nllx", "time"), None, (_FORWARD, "torch", "ratio"), (_FORWARD, _COMPILE, "ratio")),
+            *((_BOTH, "nllx", "time"), None, (_BOTH, "torch", "ratio"), (_BOTH, _COMPILE, "ratio")),
+        ],
     ),
     (
-        "README.md",
+        "benchmarks/README.md",
         "| bfloat16 logits",
         "cuda-h200",
         _GPU_ROWS,
-        {3: (_FORWARD, "torch"), 4: (_FORWARD, _COMPILE), 7: (_BACKWARD, "torch"), 8: (_BACKWARD, _COMPILE)},
-    ),
-    (
-        "docs/start.md",
-        "| case | torch, forward | torch.compile",
-        "cpu-2-cores-avx2",
-        _CPU_ROWS,
-        {1: (_FORWARD, "torch"), 2: (_FORWARD, _COMPILE), 3: (_BOTH, "torch"), 4: (_BOTH, _COMPILE)},
-    ),
-    (
-        "docs/start.md",
-        "| case | torch, forward | torch, forward",
-        "cuda-h200",
-        _GPU_ROWS,
-        {1: (_FORWARD, "torch"), 2: (_BOTH, "torch")},
+        [
+            *((_FORWARD, "nllx", "time"), None, (_FORWARD, "torch", "ratio"), (_FORWARD, _COMPILE, "ratio")),
+            *((_BACKWARD, "nllx", "time"), None, (_BACKWARD, "torch", "ratio"), (_BACKWARD, _COMPILE, "ratio")),
+            (_BOTH, "torch", "ratio"),
+        ],
     ),
 ]
 
 
+def _rows_of(record: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What was measured of the first dtype, by case, mode and provider."""
+    rows = json.loads((ROOT / f"benchmarks/results/{record}.json").read_text())["rows"]
+    return {(row["case"], row["mode"], row["provider"]): row for row in rows if row["dtype"] == rows[0]["dtype"]}
+
+
+def _two_digits(value: float, unit: str) -> str:
+    return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
+
+
+def _figure(row: dict[str, Any] | None, kind: str) -> str:
+    if row is None or (kind == "memory" and row["peak_bytes"] is None):
+        return "–"
+    if kind == "memory":
+        return _two_digits(row["peak_bytes"] / (4 * math.prod(row["shape"])), "")  # float32
+    if kind == "ratio":
+        return _two_digits(row["ratio"]["nllx"]["median"], " ×")
+    seconds = row["seconds"]["median"]
+    return _two_digits(seconds * 1e3, " ms") if seconds >= 0.995e-3 else _two_digits(seconds * 1e6, " µs")
+
+
 @pytest.mark.parametrize(("page", "head", "record", "names", "columns"), _TABLES, ids=lambda value: str(value)[:20])
 def test_figures_are_those_of_the_records(
-    page: str, head: str, record: str, names: dict[str, str], columns: dict[int, tuple[str, str]]
+    page: str, head: str, record: str, names: dict[str, str], columns: list[tuple[str, str, str] | None]
 ) -> None:
-    rows = json.loads((ROOT / f"benchmarks/results/{record}.json").read_text())["rows"]
-    of_first_dtype = [row for row in rows if row["dtype"] == rows[0]["dtype"] and "nllx" in row["ratio"]]
-    ratios = {(row["case"], row["mode"], row["provider"]): row["ratio"]["nllx"]["median"] for row in of_first_dtype}
+    rows = _rows_of(record)
     table = (ROOT / page).read_text().partition(head)[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(table) >= 7
+    assert len(table) >= 6
     for line in table:
-        cells = [cell.strip(" ").replace("`", "") for cell in line.strip("|").split("|")]
-        for number, (mode, provider) in columns.items():
-            ratio = ratios.get((names[cells[0]], mode, provider))
-            expected = "–" if ratio is None else f"{ratio:.1f} ×" if ratio < 9.95 else f"{ratio:.0f} ×"
-            assert cells[number] == expected, (cells[0], mode, provider)
+        name, *cells = [cell.strip(" ").replace("`", "") for cell in line.strip("|").split("|")]
+        for column, cell in zip(columns, cells, strict=True):
+            if column is not None:
+                mode, provider, kind = column
+                assert cell == _figure(rows.get((names[name], mode, provider)), kind), (name, column)
+
+
+def test_figures_of_the_picture_are_those_of_the_record() -> None:
+    """matplotlib leaves each text as a comment beside its outlines."""
+    picture = (ROOT / "benchmarks/results/cpu-2-cores-avx2-front.svg").read_text()
+    rows = _rows_of("cpu-2-cores-avx2")
+    of_nllx, of_torch = (
+        [rows[_CPU_ROWS[name], _BOTH, provider] for name in _IN_THE_PICTURE] for provider in ("nllx", "torch")
+    )
+    expected = [_two_digits(row["ratio"]["nllx"]["median"], " × less") for row in of_torch]
+    expected += [
+        _two_digits(torch["peak_bytes"] / nllx["peak_bytes"], " × less")
+        for nllx, torch in zip(of_nllx, of_torch, strict=True)
+    ]
+    assert re.findall(r"<!-- (.* less) -->", picture) == expected
 
 
 @pytest.mark.parametrize("name", ["debugging", "functional", "modules", "patching"])

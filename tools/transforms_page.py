@@ -16,6 +16,8 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
+from wrap_markdown import wrap
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "transforms.md"
 TOP = """# What torch does to a loss, and what comes out
 
@@ -67,7 +69,7 @@ def section(outcomes: Outcomes) -> str:
     for transform in transforms:
         lines.append(f"| {transform} | " + " | ".join(cell(outcomes[transform, op]) for op in ops) + " |")
     lines += [""] + [f"{i}. {note.removeprefix('ok; ')}" for i, note in enumerate(notes, 1)]
-    return "\n".join(lines).strip() + "\n"
+    return wrap("\n".join(lines).strip() + "\n")
 
 
 def sections(page: str) -> dict[str, str]:
