@@ -90,7 +90,7 @@ Arrays writable_arrays(at::Tensor& output, int64_t class_dim) {
   return *arrays;
 }
 
-Arrays share_layout(at::ArrayRef<at::Tensor*> inputs, at::Tensor& output, int64_t class_dim) {
+Arrays arrays_of_one_layout(at::ArrayRef<at::Tensor*> inputs, at::Tensor& output, int64_t class_dim) {
   const auto view = [&] {
     c10::SmallVector<at::Tensor, 3> tensors;
     for (const at::Tensor* input : inputs) tensors.push_back(*input);

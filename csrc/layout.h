@@ -31,6 +31,6 @@ Arrays writable_arrays(at::Tensor& output, int64_t class_dim);
 
 // Input tensors of `log_softmax` with its output, in a layout that all share. Tensors are replaced by copies only where
 // they share none: first those before the last in the last one's layout, then all in the contiguous one.
-Arrays share_layout(at::ArrayRef<at::Tensor*> inputs, at::Tensor& output, int64_t class_dim);
+Arrays arrays_of_one_layout(at::ArrayRef<at::Tensor*> inputs, at::Tensor& output, int64_t class_dim);
 
 }  // namespace nllx

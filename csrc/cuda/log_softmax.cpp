@@ -25,7 +25,7 @@ Tensor log_softmax_forward_cuda(const Tensor& input, int64_t dim) {
   check_memory("log_softmax", "input", input);
   if (input.dim() == 0) return output.copy_(input.sub(input));  // one class: log 1, and NaN for what has no logarithm
   Tensor source = aligned(input), computed = output;
-  const Arrays arrays = share_layout({&source}, computed, dim);
+  const Arrays arrays = arrays_of_one_layout({&source}, computed, dim);
   LogSoftmaxForward p{
       arrays.extent,    arrays.layout, source.const_data_ptr(), arrays.strides[0], computed.mutable_data_ptr(),
       arrays.strides[1]};
@@ -44,7 +44,7 @@ Tensor log_softmax_backward_cuda(const Tensor& grad_output, const Tensor& output
   check_memory("log_softmax", "output", output);
   if (output.dim() == 0) return grad.copy_(grad_output.sub(output.exp().mul(grad_output)));
   Tensor g = aligned(grad_output), y = aligned(output), computed = grad;
-  const Arrays arrays = share_layout({&g, &y}, computed, dim);
+  const Arrays arrays = arrays_of_one_layout({&g, &y}, computed, dim);
   LogSoftmaxBackward p{arrays.extent,      arrays.layout,     g.const_data_ptr(),          arrays.strides[0],
                        y.const_data_ptr(), arrays.strides[1], computed.mutable_data_ptr(), arrays.strides[2]};
   C10_CUDA_CHECK(launch_log_softmax_backward(p, type, current_cuda_device(), c10::cuda::getCurrentCUDAStream()));

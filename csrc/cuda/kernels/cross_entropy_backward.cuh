@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(256, kTerms ? 2 : 3)
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
     const RowGradient<T> gradient = saved_row_gradient<T>(p, row, outer, inner, mass, t == 0 && part == 0, bad, kTerms);
     const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
-    const RowPart mine(p.extent.classes, splits, part, kSize);
+    const ClassRange mine(p.extent.classes, splits, part, kSize);
     const int64_t n = mine.end - mine.begin;
     x += mine.begin;
     grad += mine.begin;

@@ -413,10 +413,10 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
   return s;
 }
 
-// The part of a row that one of `splits` blocks takes.
-struct RowPart {
+// The classes of a row that one of `splits` blocks takes.
+struct ClassRange {
   int64_t begin, end;
-  __device__ __forceinline__ RowPart(int64_t classes, int splits, int part, int granule) {
+  __device__ __forceinline__ ClassRange(int64_t classes, int splits, int part, int granule) {
     const int64_t size = (classes + splits - 1) / splits, rounded = (size + granule - 1) / granule * granule;
     begin = part * rounded < classes ? part * rounded : classes;
     end = begin + rounded < classes ? begin + rounded : classes;
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       if (y.counts) {  // the same for all threads of the block
         if (p.targets.index && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
         const ClassTerms<T> a(p.targets, classes, outer, inner);
-        const RowPart mine(classes, parts, part, Vector<T>::kSize);
+        const ClassRange mine(classes, parts, part, Vector<T>::kSize);
         s = state_of_row<T, kTerms>(x + mine.begin, mine.end - mine.begin, mine.begin, a, read);
         merge_in_block(s, states);
       }
@@ -523,7 +523,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       acc target_logit = 0;
       // Before a barrier: the gradient may overwrite it.
       if (p.targets.index && y.counts && first_block && threadIdx.x == 0) target_logit = to_acc(x[y.index]);
-      const RowPart mine(classes, cluster.blocks, cluster.rank, kSize);
+      const ClassRange mine(classes, cluster.blocks, cluster.rank, kSize);
       const int64_t n = mine.end - mine.begin;
       x += mine.begin;
       grad += mine.begin;
@@ -558,7 +558,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
 }
 
 // The divisor of the mean before the losses are known: the sum of the targets' weights, or the number of rows of
-// probabilities. Unit of work: kRowsPerChunk rows by a block.
+// probabilities. Unit of work: kDivisorRowsPerChunk rows by a block.
 constexpr int64_t kDivisorRowsPerChunk = 4096;
 template <typename T>
 __global__ void __launch_bounds__(512, 1) cross_entropy_divisor_kernel(CrossEntropyForward p, LossReduction r) {

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 2, 1))
   for (int64_t row = blockIdx.x / cluster.blocks; row < rows; row += gridDim.x / cluster.blocks) {
     int64_t outer, inner;
     split_row(p.extent, row, outer, inner);
-    const RowPart mine(p.extent.classes, cluster.blocks, cluster.rank, kSize);
+    const ClassRange mine(p.extent.classes, cluster.blocks, cluster.rank, kSize);
     const int64_t classes = mine.end - mine.begin;
     const T* x =
         static_cast<const T*>(p.input) + outer * p.input_strides.outer + inner * p.input_strides.inner + mine.begin;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(256, resident<T>(3, 3, 1))
   for (int64_t row = blockIdx.x / cluster.blocks; row < rows; row += gridDim.x / cluster.blocks) {
     int64_t outer, inner;
     split_row(p.extent, row, outer, inner);
-    const RowPart mine(p.extent.classes, cluster.blocks, cluster.rank, kSize);
+    const ClassRange mine(p.extent.classes, cluster.blocks, cluster.rank, kSize);
     const int64_t classes = mine.end - mine.begin;
     const T* g = static_cast<const T*>(p.grad_output) + outer * p.grad_output_strides.outer +
                  inner * p.grad_output_strides.inner + mine.begin;

@@ -5,7 +5,7 @@
 
 namespace nllx {
 
-// Unit of work: a row by a thread, which reads one log-probability; a chunk is kNllRowsPerChunk rows or more.
+// Unit of work: a row by a thread, which reads one log-probability; a chunk is rows_per_chunk of them.
 template <typename T>
 __global__ void __launch_bounds__(256, 1)
     nll_loss_forward_kernel(NllLossForward p, LossReduction r, int64_t rows_per_chunk, BadTarget* bad) {

@@ -62,7 +62,9 @@ int batches_ahead(int bytes, int64_t batches, int resident, const CudaDevice& de
 }
 
 CudaPlan planes(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
-  CudaPlan plan{CudaFamily::kPlanes, kPlaneThreads, kPlaneThreads, 0, 1, 1, 1, 0, 0, 0, 0, ""};
+  CudaPlan plan;
+  plan.family = CudaFamily::kPlanes;
+  plan.threads = plan.threads_per_row = kPlaneThreads;
   const int vector = kPlaneVectorBytes / p.element_bytes;
   const int64_t threads = static_cast<int64_t>(device.multiprocessors) * 512;
   // With coefficients the state of a row takes twice the registers: a row per thread.
@@ -112,6 +114,125 @@ CudaProblem problem_of(const Extent& extent, Layout layout, const Targets& t, Fl
   return problem;
 }
 
+// The elements of a 16-byte load, and those loads of a row.
+int vector_elements(const CudaProblem& p) { return 16 / p.element_bytes; }
+int64_t vectors_of_row(const CudaProblem& p) { return divide_up(p.extent.classes, vector_elements(p)) + !p.aligned; }
+
+CudaPlan tile_rows(const CudaProblem& p, const CudaDevice& device) {
+  CudaPlan plan;
+  plan.family = CudaFamily::kTileRows;
+  plan.reason = "few classes: no exchange between threads";
+  plan.threads = plan.rows_at_once = kTileThreads;
+  plan.vector_elements = vector_elements(p);
+  cut(plan, p.extent.rows());
+  // No more than the tiles that a block has, beside the first.
+  const int tile_bytes = 16 * tile_vectors(static_cast<int>(p.extent.classes), p.element_bytes);
+  const int64_t more = std::min<int64_t>(plan.rows_per_chunk / kTileThreads - 1, kMostAhead);
+  const auto fits = [&](int ahead) {
+    return kResidentTiles * ((ahead + 1) * tile_bytes + (1 << 10)) <= device.shared_bytes;
+  };
+  while (device.async_copies && plan.ahead < more && fits(plan.ahead + 1)) ++plan.ahead;
+  plan.shared_bytes = (plan.ahead + 1) * tile_bytes;
+  return plan;
+}
+
+// The backward of rows.
+CudaPlan streamed_rows(const CudaProblem& p, const CudaDevice& device) {
+  const int64_t vectors = vectors_of_row(p);
+  CudaPlan plan;
+  plan.family = CudaFamily::kBlockRows;
+  plan.reason = "streams: four vectors a thread at a time";
+  plan.threads = kBlockThreads;
+  // No reduction: a thread takes four vectors at a time.
+  plan.threads_per_row =
+      static_cast<int>(std::min<int64_t>(power_of_two_from(divide_up(vectors, kVectorsAtOnce)), kBlockThreads));
+  plan.rows_at_once = kBlockThreads / plan.threads_per_row;
+  plan.vector_elements = vector_elements(p);
+  if (plan.threads_per_row == kBlockThreads) plan.splits = splits_of_row(p, vectors, kBlockThreads, device);
+  plan.rows_per_chunk = plan.rows_at_once;
+  plan.chunks = divide_up(std::max<int64_t>(p.extent.rows(), 1), plan.rows_at_once);
+  return plan;
+}
+
+// Whether the registers of a warp hold a row.
+bool has_register_rows(const CudaProblem& p) { return vectors_of_row(p) <= 32 * register_vectors(p.element_bytes); }
+
+CudaPlan register_rows(const CudaProblem& p) {
+  CudaPlan plan;
+  plan.family = CudaFamily::kRegisterRows;
+  plan.reason = "the row fits the registers of a warp: one read, no barrier";
+  plan.threads = kRegisterThreads;
+  plan.threads_per_row =
+      static_cast<int>(power_of_two_from(divide_up(vectors_of_row(p), register_vectors(p.element_bytes))));
+  plan.rows_at_once = kRegisterThreads / plan.threads_per_row;
+  plan.vector_elements = vector_elements(p);
+  cut(plan, p.extent.rows());
+  return plan;
+}
+
+BlockRow block_row(int64_t vectors) {
+  const BlockRow* row = kBlockRows;
+  while (vectors > row->vectors) ++row;
+  return *row;
+}
+
+CudaPlan block_rows(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
+  const int64_t vectors = vectors_of_row(p);
+  BlockRow row = block_row(vectors);
+  CudaPlan plan;
+  plan.family = CudaFamily::kBlockRows;
+  plan.reason = row.reason;
+  plan.threads = plan.threads_per_row = row.threads;
+  plan.vector_elements = vector_elements(p);
+  const int splits = op == CudaOp::kLogSoftmax ? 1 : splits_of_row(p, vectors, plan.threads, device);
+  // Within a cluster nothing of device memory is waited for; more blocks than it has are worth more than that.
+  const bool clustered = splits > 1 && splits <= device.cluster_blocks;
+  if (op == CudaOp::kForward) {
+    if (clustered) {
+      while (2 * plan.cluster <= splits) plan.cluster *= 2;
+      plan.reason = "few long rows: a cluster for each";
+    } else if (splits > 1) {
+      plan.splits = splits;
+      plan.reason = "few long rows: several blocks for each";
+    }
+    if (reads_ahead(p.element_bytes, p.has_terms)) {
+      const int at_once = plan.threads * state_vectors(p.element_bytes, p.has_terms), batch = at_once * 16;
+      const int resident = resident_blocks(p.element_bytes, p.has_terms) * (kBlockThreads / plan.threads);
+      plan.ahead = batches_ahead(batch, divide_up(vectors, plan.splits * plan.cluster * at_once), resident, device);
+      if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch;
+    }
+  } else {
+    // In whole batches of a warp, forward and backward.
+    const int64_t granule =
+        32 * 16 * (op == CudaOp::kLogSoftmax ? kVectorsAtOnce : state_vectors(p.element_bytes, p.has_terms));
+    const int resident = resident_blocks(p.element_bytes, p.has_terms);
+    const int64_t most =
+        std::max<int64_t>(0, device.shared_bytes / resident - kReservedSharedBytes) / granule * granule;
+    const auto bytes = [&](int blocks) {
+      return divide_up(divide_up(p.extent.classes, blocks) * p.element_bytes, granule) * granule;
+    };
+    while (2 * plan.cluster <= device.cluster_blocks &&
+           (bytes(plan.cluster) > most || (clustered && 2 * plan.cluster <= splits)))
+      plan.cluster *= 2;
+    plan.shared_bytes = static_cast<int>(std::min(bytes(plan.cluster), most));
+    plan.ahead = device.async_copies ? kMostAhead : 0;
+    plan.reason = plan.cluster == 1 ? "the row stays in shared memory, what does not fit in the cache"
+                                    : "the row stays in the shared memory of a cluster, what does not fit in the cache";
+    row = block_row(divide_up(vectors, plan.cluster));
+    plan.threads = plan.threads_per_row = row.threads;
+    if (op == CudaOp::kValueAndGrad && ((splits > 1 && !clustered) || bytes(plan.cluster) > 2 * most)) {
+      // Reading most of the row again from a kernel that waits in between is slower than the streaming backward, and
+      // so is a kernel of few blocks.
+      plan.shared_bytes = plan.ahead = 0;
+      plan.cluster = 1;
+      plan.reason = splits > 1 && !clustered ? "few long rows: forward, then backward"
+                                             : "the row does not fit: forward, then backward";
+    }
+  }
+  cut(plan, p.extent.rows());
+  return plan;
+}
+
 }  // namespace
 
 CudaProblem cuda_problem(const CrossEntropyForward& p, const CrossEntropyBackward* gradient, FloatType type) {
@@ -138,125 +259,10 @@ CudaProblem cuda_problem(const Extent& extent, Layout layout, const void* input,
 
 CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
   if (p.layout == Layout::kPlanes) return planes(op, p, device);
-  const int vector = 16 / p.element_bytes;
-  const int64_t classes = p.extent.classes, rows = p.extent.rows();
-  if (p.dense && classes <= most_tile_classes(p.element_bytes) && op != CudaOp::kLogSoftmax) {
-    CudaPlan plan{CudaFamily::kTileRows,
-                  kTileThreads,
-                  1,
-                  kTileThreads,
-                  vector,
-                  1,
-                  1,
-                  0,
-                  0,
-                  0,
-                  0,
-                  "few classes: no exchange between threads"};
-    cut(plan, rows);
-    // No more than the tiles that a block has, beside the first.
-    const int tile_bytes = 16 * tile_vectors(static_cast<int>(classes), p.element_bytes);
-    const int64_t more = std::min<int64_t>(plan.rows_per_chunk / kTileThreads - 1, kMostAhead);
-    const auto fits = [&](int ahead) {
-      return kResidentTiles * ((ahead + 1) * tile_bytes + (1 << 10)) <= device.shared_bytes;
-    };
-    while (device.async_copies && plan.ahead < more && fits(plan.ahead + 1)) ++plan.ahead;
-    plan.shared_bytes = (plan.ahead + 1) * tile_bytes;
-    return plan;
-  }
-  const int64_t vectors = divide_up(classes, vector) + !p.aligned;
-  const int held = register_vectors(p.element_bytes);
-  if (op == CudaOp::kBackward) {
-    // No reduction: a thread takes four vectors at a time.
-    const int64_t per_row = std::min<int64_t>(power_of_two_from(divide_up(vectors, kVectorsAtOnce)), kBlockThreads);
-    CudaPlan plan{CudaFamily::kBlockRows,
-                  kBlockThreads,
-                  static_cast<int>(per_row),
-                  static_cast<int>(kBlockThreads / per_row),
-                  vector,
-                  1,
-                  1,
-                  0,
-                  0,
-                  0,
-                  0,
-                  "streams: four vectors a thread at a time"};
-    if (per_row == kBlockThreads) plan.splits = splits_of_row(p, vectors, kBlockThreads, device);
-    plan.rows_per_chunk = plan.rows_at_once;
-    plan.chunks = divide_up(std::max<int64_t>(rows, 1), plan.rows_at_once);
-    return plan;
-  }
-  if (vectors <= 32 * held) {
-    const int per_row = static_cast<int>(power_of_two_from(divide_up(vectors, held)));
-    CudaPlan plan{CudaFamily::kRegisterRows,
-                  kRegisterThreads,
-                  per_row,
-                  kRegisterThreads / per_row,
-                  vector,
-                  1,
-                  1,
-                  0,
-                  0,
-                  0,
-                  0,
-                  "the row fits the registers of a warp: one read, no barrier"};
-    cut(plan, rows);
-    return plan;
-  }
-  const auto block_row = [](int64_t of_part) {
-    const BlockRow* row = kBlockRows;
-    while (of_part > row->vectors) ++row;
-    return *row;
-  };
-  BlockRow row = block_row(vectors);
-  CudaPlan plan{CudaFamily::kBlockRows, row.threads, row.threads, 1, vector, 1, 1, 0, 0, 0, 0, row.reason};
-  const int splits = op == CudaOp::kLogSoftmax ? 1 : splits_of_row(p, vectors, plan.threads, device);
-  // Within a cluster nothing of device memory is waited for; more blocks than it has are worth more than that.
-  const bool clustered = splits > 1 && splits <= device.cluster_blocks;
-  if (op == CudaOp::kForward) {
-    if (clustered) {
-      while (2 * plan.cluster <= splits) plan.cluster *= 2;
-      plan.reason = "few long rows: a cluster for each";
-    } else if (splits > 1) {
-      plan.splits = splits;
-      plan.reason = "few long rows: several blocks for each";
-    }
-    if (reads_ahead(p.element_bytes, p.has_terms)) {
-      const int at_once = plan.threads * state_vectors(p.element_bytes, p.has_terms), batch = at_once * 16;
-      const int resident = resident_blocks(p.element_bytes, p.has_terms) * (kBlockThreads / plan.threads);
-      plan.ahead = batches_ahead(batch, divide_up(vectors, plan.splits * plan.cluster * at_once), resident, device);
-      if (plan.ahead > 0) plan.shared_bytes = (plan.ahead + 1) * batch;
-    }
-  } else {
-    // In whole batches of a warp, forward and backward.
-    const int64_t granule =
-        32 * 16 * (op == CudaOp::kLogSoftmax ? kVectorsAtOnce : state_vectors(p.element_bytes, p.has_terms));
-    const int resident = resident_blocks(p.element_bytes, p.has_terms);
-    const int64_t most =
-        std::max<int64_t>(0, device.shared_bytes / resident - kReservedSharedBytes) / granule * granule;
-    const auto bytes = [&](int blocks) {
-      return divide_up(divide_up(classes, blocks) * p.element_bytes, granule) * granule;
-    };
-    while (2 * plan.cluster <= device.cluster_blocks &&
-           (bytes(plan.cluster) > most || (clustered && 2 * plan.cluster <= splits)))
-      plan.cluster *= 2;
-    plan.shared_bytes = static_cast<int>(std::min(bytes(plan.cluster), most));
-    plan.ahead = device.async_copies ? kMostAhead : 0;
-    plan.reason = plan.cluster == 1 ? "the row stays in shared memory, what does not fit in the cache"
-                                    : "the row stays in the shared memory of a cluster, what does not fit in the cache";
-    row = block_row(divide_up(vectors, plan.cluster));
-    plan.threads = plan.threads_per_row = row.threads;
-    if (op == CudaOp::kValueAndGrad && ((splits > 1 && !clustered) || bytes(plan.cluster) > 2 * most)) {
-      // Reading most of the row again from a kernel that waits in between is slower than the streaming backward, and
-      // so is a kernel of few blocks.
-      plan.shared_bytes = plan.ahead = 0;
-      plan.cluster = 1;
-      plan.reason = splits > 1 && !clustered ? "few long rows: forward, then backward"
-                                             : "the row does not fit: forward, then backward";
-    }
-  }
-  cut(plan, rows);
-  return plan;
+  const bool has_tiles = p.dense && p.extent.classes <= most_tile_classes(p.element_bytes);
+  if (has_tiles && op != CudaOp::kLogSoftmax) return tile_rows(p, device);
+  if (op == CudaOp::kBackward) return streamed_rows(p, device);
+  return has_register_rows(p) ? register_rows(p) : block_rows(op, p, device);
 }
 
 }  // namespace nllx

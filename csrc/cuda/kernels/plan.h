@@ -39,18 +39,18 @@ struct CudaDevice {
 };
 
 struct CudaPlan {
-  CudaFamily family;
-  int threads;          // of a block
-  int threads_per_row;  // kPlanes: threads side by side on neighbouring rows; the others share the classes
-  int rows_at_once;     // by a block
-  int vector_elements;  // of one load
-  int splits;           // blocks that share a row, through device memory
-  int cluster;          // blocks that share a row, as a thread-block cluster through shared memory
-  int shared_bytes;     // dynamic
-  int ahead;            // batches of loads, or tiles (kTileRows), on their way through shared memory; 0: none
-  int64_t rows_per_chunk;
-  int64_t chunks;  // units of work, each with one partial sum of the loss
-  const char* reason;
+  CudaFamily family = CudaFamily::kTileRows;
+  int threads = 0;          // of a block
+  int threads_per_row = 1;  // kPlanes: threads side by side on neighbouring rows; the others share the classes
+  int rows_at_once = 1;     // by a block
+  int vector_elements = 1;  // of one load
+  int splits = 1;           // blocks that share a row, through device memory
+  int cluster = 1;          // blocks that share a row, as a thread-block cluster through shared memory
+  int shared_bytes = 0;     // dynamic
+  int ahead = 0;            // batches of loads, or tiles (kTileRows), on their way through shared memory; 0: none
+  int64_t rows_per_chunk = 1;
+  int64_t chunks = 0;  // units of work, each with one partial sum of the loss
+  const char* reason = "";
   constexpr int64_t blocks() const { return chunks * splits * cluster; }
 };
 
