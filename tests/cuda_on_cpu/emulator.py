@@ -238,8 +238,8 @@ class Launch:
 
 @functools.cache
 def kernel_bounds() -> dict[str, int]:
-    """The kernels of csrc/cuda and the threads of a block that each is compiled for."""
-    sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu*")))
+    """The kernels of csrc/cuda/kernels and the threads of a block that each is compiled for."""
+    sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda" / "kernels").glob("*.cu*")))
     constants = {
         name: int(value)
         for name, value in re.findall(r"(k\w+) = (\d+)[,;]", (CSRC / "cuda/kernels/plan.h").read_text())
