@@ -37,11 +37,11 @@ test: build
 
 integrations: build
 	@$(setup) dev integrations
-	@export NLLX_REQUIRE_INTEGRATIONS=1 && $(run) -m pytest -m 'not mutations' tests/integrations "tests/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
+	@export NLLX_REQUIRE_INTEGRATIONS=1 && $(run) -m pytest -m 'not mutations' tests/integrations "tests/project/test_examples.py::test_example[hugging_face]" $(workers) $(ARGS)
 
 torture: build
 	@export NLLX_TORTURE=long && $(run) -m pytest tests/torture -s $(ARGS)
-	@export HYPOTHESIS_PROFILE=search && bash tools/sanitize_extension.sh tests/torture/test_untrusted.py tests/test_properties.py
+	@export HYPOTHESIS_PROFILE=search && bash tools/sanitize_extension.sh tests/torture/test_untrusted.py tests/semantics/test_properties.py
 	@bash tools/fuzz.sh address 900
 	@bash tools/fuzz.sh thread 300
 	@if command -v clang++ >/dev/null; then bash tools/fuzz.sh guided 900; else echo "no clang++: libFuzzer left out"; fi

@@ -77,7 +77,8 @@ assert info["cuda"] == torch.version.cuda, info'
         # little to do with that version is left to the tests under the other one.
         # shellcheck disable=SC2086
         python -m pytest tests -m 'not mutations' --ignore tests/cuda_on_cpu --ignore tests/torture \
-            --ignore tests/test_examples.py --ignore tests/test_many_classes.py --ignore tests/test_capabilities.py \
+            --ignore tests/project/test_examples.py --ignore tests/cpu/test_many_classes.py \
+            --ignore tests/cpu/test_capabilities.py \
             $workers --junit-xml="$results"
     )
 }

@@ -21,7 +21,7 @@ stages=" ${*:-build tests sanitizers benchmarks} "
 families="unaligned_bfloat16 or rows_float32_cross_entropy_50257 or rows_bfloat16_cross_entropy_33 or rows_bfloat16_log_softmax_33"
 families+=" or blocks_3x17001 or blocks_2x200x7 or blocks_probabilities_3x9001 or few_classes_513x17 or tiles_513 or image or volume"
 large="test_large_problems and bfloat16 and (50257 or 700000 or 512)"
-sanitized=(tests/test_values.py tests/test_inplace.py tests/test_cuda.py -q -p no:cacheprovider
+sanitized=(tests/semantics/test_values.py tests/semantics/test_inplace.py tests/cuda/test_cuda.py -q -p no:cacheprovider
     -k "(cuda and (no_less_accurate or test_value_and_grad) and ($families)) or ($large)")
 
 device=$("$python" -c '
@@ -71,7 +71,7 @@ if ! wanted build || stage build 180 "$python" setup.py --quiet build_ext --inpl
         # Those of the GPU alone, on several cores where pytest-xdist is there.
         workers=$("$python" -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null)
         # torch's own databases of tests need a package that torch does not bring.
-        "$python" -c 'import expecttest' 2>/dev/null || workers+=" --ignore=tests/test_torch_databases.py"
+        "$python" -c 'import expecttest' 2>/dev/null || workers+=" --ignore=tests/semantics/test_torch_databases.py"
         # shellcheck disable=SC2086
         stage tests 160 "$python" -m pytest tests --ignore=tests/cuda_on_cpu -k cuda -q $workers
     fi

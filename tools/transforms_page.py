@@ -1,6 +1,6 @@
 """docs/transforms.md from what the tests of transforms recorded.
 
-    python -m pytest tests/test_transforms.py --junit-xml=build/transforms.xml
+    python -m pytest tests/transforms/test_transforms.py --junit-xml=build/transforms.xml
     python tools/transforms_page.py build/transforms.xml
 
 Each file is of one version of torch, whose section it replaces. ``--check`` writes nothing and fails where the page says
@@ -22,7 +22,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "transforms.md"
 TOP = """# What torch does to a loss, and what comes out
 
 Each cell is a set of tests: a transform of a loss of nllx gave, by value, what the same transform of torch's loss gave
-(`tests/test_transforms.py`; the transforms are defined in `tests/transforms.py`). *ok* is that for every layout: rows,
+(`tests/transforms/test_transforms.py`; the transforms: `tests/transforms.py`). *ok* is that for every layout: rows,
 transposed rows, planes, channels last and one sample, with class weights, ignored targets and label smoothing, under all
 three reductions; transforms that compile are run on rows and planes, and the two that build machine code (every mode of
 `compile`, AOTInductor) on rows, against torch's loss in eager mode. Where torch's own loss raises, nllx is compared with
@@ -79,7 +79,7 @@ def sections(page: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="JUnit XML of tests/test_transforms.py")
+    parser.add_argument("results", nargs="+", type=Path, help="JUnit XML of tests/transforms/test_transforms.py")
     parser.add_argument("--check", action="store_true", help="compare and write nothing")
     arguments = parser.parse_args()
     there = sections(PAGE.read_text()) if PAGE.exists() else {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from compilation import CSRC
+from gpus import GPUS
 
 FLOAT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _INDICES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
@@ -183,7 +184,7 @@ class CudaDevice(ctypes.Structure):
         super().__init__(multiprocessors, shared_bytes, cluster_blocks, async_copies)
 
 
-H100 = CudaDevice(132, 227 << 10, 8)
+H100 = CudaDevice(*GPUS["sm_90"])
 
 
 class CudaPlan(ctypes.Structure):
@@ -237,8 +238,8 @@ class Launch:
 
 @functools.cache
 def kernel_bounds() -> dict[str, int]:
-    """The kernels of csrc/cuda and the threads of a block that each is compiled for."""
-    sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu*")))
+    """The kernels of csrc/cuda/kernels and the threads of a block that each is compiled for."""
+    sources = "\n".join(path.read_text() for path in sorted((CSRC / "cuda" / "kernels").glob("*.cu*")))
     constants = {
         name: int(value)
         for name, value in re.findall(r"(k\w+) = (\d+)[,;]", (CSRC / "cuda/kernels/plan.h").read_text())

@@ -23,13 +23,14 @@ from emulator import (
     Kernels,
     kernel_bounds,
 )
+from gpus import GPUS
 from launches import Settings, run
 from memory import Memory, address
 
 # The entries of the operators launch nothing for an empty tensor and for a number.
 CASES = select(lambda case: case.shape != () and case.numel > 0)
 
-TURING = CudaDevice(40, 64 << 10, async_copies=False)
+TURING = CudaDevice(*GPUS["sm_75"])
 # Of so few multiprocessors that rows are not split: each thread has many loads, two batches or one ahead.
 SMALL_GPUS = CudaDevice(1, 227 << 10), CudaDevice(1, 99 << 10)
 # Few blocks, so that they walk over rows and reuse their shared memory.

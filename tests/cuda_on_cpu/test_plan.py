@@ -20,20 +20,9 @@ from emulator import (
     Extent,
     Kernels,
 )
+from gpus import GPUS
 
-# Multiprocessors, the shared memory that a block may ask for, and the most blocks of a cluster: T4 (sm_75), A100 (80), RTX
-# 3090 (86), L4 (89), H100 (90), B200 (100), RTX 5090 (120). Source: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability".
-DEVICES = {
-    "sm_75": CudaDevice(40, 64 << 10, async_copies=False),
-    "sm_80": CudaDevice(108, 163 << 10),
-    "sm_86": CudaDevice(82, 99 << 10),
-    "sm_89": CudaDevice(58, 99 << 10),
-    "sm_90": H100,
-    "sm_100": CudaDevice(148, 227 << 10, 8),
-    "sm_120": CudaDevice(170, 99 << 10, 8),
-}
-MOST_BLOCKS = 2**31 - 1  # of a grid, in its first dimension
+DEVICES = {name: CudaDevice(*gpu) for name, gpu in GPUS.items()}
 
 
 def rows(count: int, classes: int, element_bytes: int, dense: bool = True, aligned: bool | None = None) -> CudaProblem:

@@ -14,7 +14,7 @@ import pytest
 
 import nllx
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "tests/README.md", ROOT / "benchmarks/README.md"]
 _BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")

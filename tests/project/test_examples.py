@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "show.py")
 
 

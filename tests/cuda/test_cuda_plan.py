@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from gpus import GPUS
 
 from nllx import _C
-
-# Multiprocessors, the shared memory that a block may ask for, and the most blocks of a cluster: T4, A100, RTX 3090, L4,
-# H100, B200, RTX 5090. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-DEVICES = {
-    "sm_75": (40, 64 << 10, 1),
-    "sm_80": (108, 163 << 10, 1),
-    "sm_86": (82, 99 << 10, 1),
-    "sm_89": (58, 99 << 10, 1),
-    "sm_90": (132, 227 << 10, 8),
-    "sm_100": (148, 227 << 10, 8),
-    "sm_120": (170, 99 << 10, 8),
-}
-
-
-def properties(name: str) -> dict[str, int]:
-    named = dict(zip(("multiprocessors", "shared_bytes", "cluster_blocks"), DEVICES[name], strict=True))
-    return {**named, "async_copies": name != "sm_75"}
-
 
 FULL_ROW, PARTS = "register_rows", "block_rows"
 
@@ -41,31 +24,31 @@ FULL_ROW, PARTS = "register_rows", "block_rows"
         ("log_softmax", 2048, 32000, 4, PARTS),
     ],
 )
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", GPUS)
 def test_family(name: str, op: str, rows: int, classes: int, element_bytes: int, family: str) -> None:
-    device = properties(name)
-    plan = _C.cuda_plan(op, outer=rows, classes=classes, element_bytes=element_bytes, **device)
+    gpu = GPUS[name]
+    plan = _C.cuda_plan(op, outer=rows, classes=classes, element_bytes=element_bytes, **gpu._asdict())
     assert plan["family"] == family
     assert plan["splits"] == 1
-    assert plan["shared_bytes"] <= device["shared_bytes"]
+    assert plan["shared_bytes"] <= gpu.shared_bytes
     assert plan["reason"]
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", GPUS)
 def test_few_long_rows_fill_the_chip(name: str) -> None:
-    device = properties(name)
+    gpu = GPUS[name]
     for op in ("forward", "backward"):
-        plan = _C.cuda_plan(op, outer=8, classes=262144, **device)
+        plan = _C.cuda_plan(op, outer=8, classes=262144, **gpu._asdict())
         assert plan["family"] == PARTS
-        assert device["multiprocessors"] <= 8 * plan["splits"] <= 2 * device["multiprocessors"]
+        assert gpu.multiprocessors <= 8 * plan["splits"] <= 2 * gpu.multiprocessors
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", GPUS)
 def test_few_long_rows_by_clusters(name: str) -> None:
     """Where the blocks of a cluster are enough, nothing of device memory is waited for."""
-    device = properties(name)
-    plan = _C.cuda_plan("forward", outer=device["multiprocessors"] // 2, classes=262144, **device)
-    assert (plan["splits"], plan["cluster"]) == ((4, 1) if device["cluster_blocks"] == 1 else (1, 4))
+    gpu = GPUS[name]
+    plan = _C.cuda_plan("forward", outer=gpu.multiprocessors // 2, classes=262144, **gpu._asdict())
+    assert (plan["splits"], plan["cluster"]) == ((4, 1) if gpu.cluster_blocks == 1 else (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +65,7 @@ def test_few_long_rows_by_clusters(name: str) -> None:
 )
 def test_row_on_the_chip(name: str, classes: int, cluster: int, shared_bytes: int) -> None:
     """A row of half elements stays in the shared memory of a block or a cluster; others hold less than half of it."""
-    plan = _C.cuda_plan("value_and_grad", outer=8192, classes=classes, element_bytes=2, **properties(name))
+    plan = _C.cuda_plan("value_and_grad", outer=8192, classes=classes, element_bytes=2, **GPUS[name]._asdict())
     assert (plan["cluster"], plan["shared_bytes"]) == (cluster, shared_bytes)
 
 
