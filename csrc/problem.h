@@ -123,4 +123,54 @@ struct LogSoftmaxBackward {
   Strides grad_input_strides;
 };
 
+// Tensors of one shape, taken element by element in an order that suits their memory: the first dimension is the
+// innermost.
+struct Elements {
+  static constexpr int kMostDims = 8;
+  int64_t count = 0;  // of the elements: the product of the sizes
+  int dims = 0;
+  int64_t sizes[kMostDims] = {};
+};
+
+// Of one of them, in elements.
+struct ElementStrides {
+  int64_t of[Elements::kMostDims] = {};
+  bool adjacent = false;  // element i in that order lies i elements behind the first one
+};
+
+// A loss that compares input and target element by element.
+struct ElementwiseForward {
+  Elements elements;
+  const void* input = nullptr;
+  ElementStrides input_strides;
+  const void* target = nullptr;
+  ElementStrides target_strides;
+  const void* weight = nullptr;  // null: all ones
+  bool weight_is_acc = false;    // element type: acc, or that of the input
+  ElementStrides weight_strides;
+  void* loss = nullptr;  // one for each element; null where only their sum is asked for
+  bool loss_is_acc = false;
+  ElementStrides loss_strides;
+};
+
+struct ElementwiseBackward {
+  Elements elements;
+  const void* input = nullptr;
+  ElementStrides input_strides;
+  const void* target = nullptr;
+  ElementStrides target_strides;
+  const void* weight = nullptr;
+  bool weight_is_acc = false;
+  ElementStrides weight_strides;
+  const void* grad_output = nullptr;
+  bool grad_output_is_acc = false;
+  bool one_grad_output = false;  // for all elements
+  ElementStrides grad_output_strides;
+  const void* total_weight = nullptr;  // acc; the divisor of the mean; null: no division
+  void* grad_input = nullptr;          // null where it is not asked for
+  ElementStrides grad_input_strides;
+  void* grad_target = nullptr;
+  ElementStrides grad_target_strides;
+};
+
 }  // namespace nllx

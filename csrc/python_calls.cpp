@@ -16,6 +16,7 @@
 #include "message.h"
 #include "operators/cross_entropy.h"
 #include "operators/log_softmax.h"
+#include "operators/mse_loss.h"
 #include "operators/nll_loss.h"
 
 namespace nllx {
@@ -142,6 +143,7 @@ PyMethodDef methods[] = {
     method<CrossEntropy>(),
     method<NllLoss>(),
     method<LogSoftmax>(),
+    method<MseLoss>(),
     {"are_plain", as_method(&py_are_plain), METH_FASTCALL,
      "are_plain(input, *others): whether all are strided CPU tensors of torch's own class, the first of a dtype that "
      "the "

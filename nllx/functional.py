@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from nllx import _C, _operators
 from nllx._operators.losses import in_onnx_export
 from nllx._operators.shapes import MEAN_OR_ZERO
 
-__all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "nll_loss"]
+__all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "mse_loss", "nll_loss"]
 
 # Bound once: looking an overload up costs as much as a small kernel.
 _cross_entropy = torch.ops.nllx.cross_entropy.default
@@ -26,6 +28,7 @@ _cross_entropy_value_and_grad = torch.ops.nllx.cross_entropy_value_and_grad.defa
 _cross_entropy_value_and_grad_out = torch.ops.nllx.cross_entropy_value_and_grad_out.default
 _nll_loss = torch.ops.nllx.nll_loss.default
 _log_softmax = torch.ops.nllx.log_softmax.default
+_mse_loss = torch.ops.nllx.mse_loss.default
 
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
@@ -169,6 +172,16 @@ def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     if torch.compiler.is_compiling():  # torch.compile traces neither the warning nor torch's function
         return "none" if reduce is False else "sum" if size_average is False else "mean"
     return _Reduction.legacy_get_string(size_average, reduce)
+
+
+def _stacklevel_of_caller() -> int:
+    """For a warning at the line that called nllx, by whatever way."""
+    level = 2
+    if not torch.compiler.is_compiling():
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").startswith("nllx."):
+            frame, level = frame.f_back, level + 1
+    return level
 
 
 def cross_entropy(
@@ -464,6 +477,85 @@ def log_softmax(
     if in_onnx_export():
         return _TORCHS["log_softmax"](input, dim, dtype=dtype)
     return _log_softmax(input, dim, dtype)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Squared error of each element, like :func:`torch.nn.functional.mse_loss`: :math:`w (x - t)^2`, :math:`w = 1` without
+    weights.
+
+    Args:
+        input: Any shape, float32, float64, bfloat16 or float16, in any layout.
+        target: The shape of ``input``; with another one both are broadcast, with torch's warning. Dtypes are promoted.
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"mean"`` divides the sum by the number of elements, or by the sum of the weights; ``"sum"``; ``"none"``
+            returns one loss per element.
+        weight: One factor per element, shape of ``input``.
+
+    Returns:
+        A scalar, or with ``"none"`` a tensor of the broadcast shape, in the promoted dtype; float32 under autocast.
+        Half-precision inputs are subtracted and summed in float32 and the result is rounded once. Input, target and weight
+        have gradients.
+
+    Raises:
+        RuntimeError: the shapes do not broadcast, or devices differ.
+        ValueError: ``weight`` has another shape than ``input``, or ``reduction`` is unknown.
+        TypeError: an argument has another Python type.
+        NotImplementedError: the promoted dtype has no kernel.
+
+    Cost:
+        The forward reads input, target and weight once and saves them; the backward reads them once and writes the gradients
+        that are asked for. The gradient of the weight is that of the definition, in torch's operations.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return _handle(
+            mse_loss,
+            (input, target, weight),
+            input,
+            target,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            weight=weight,
+        )
+    _check_tensors("mse_loss", input=input, target=target, weight=weight)
+    if in_onnx_export() or input.is_nested or target.is_nested:
+        return _TORCHS["mse_loss"](input, target, size_average, reduce, reduction, weight)
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction(size_average, reduce)
+    number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
+    scale = 1.0
+    if target.shape != input.shape:
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=_stacklevel_of_caller(),
+        )
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"mse_loss: Weights and input must have the same size, but got {weight.size()} and {input.size()}"
+        )
+    if target.shape != input.shape:
+        elements = input.numel()
+        input, target = torch.broadcast_tensors(input, target)
+        if weight is not None:
+            weight = weight.expand(input.shape)
+            if number == 1 and elements:  # torch divides by the sum of the weights that it was given
+                scale = input.numel() / elements
+    loss: Any = NotImplemented
+    if not torch.compiler.is_compiling():
+        loss = _C.mse_loss(input, target, weight, number, None)
+    if loss is NotImplemented:
+        loss = _mse_loss(input, target, weight, number)
+    return loss if scale == 1 else loss * scale
 
 
 def _prepare_scriptable(function: Any) -> None:

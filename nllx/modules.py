@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nllx import functional as F
 
-__all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss"]
+__all__ = ["CrossEntropyLoss", "LogSoftmax", "MSELoss", "NLLLoss"]
 
 
 def _options(module: torch.nn.Module) -> str:
@@ -134,6 +134,22 @@ class NLLLoss(torch.nn.NLLLoss):
             reduction=self.reduction,
             zero_division=self.zero_division,
         )
+
+
+class MSELoss(torch.nn.MSELoss):
+    """Drop-in for :class:`torch.nn.MSELoss`; see :func:`nllx.functional.mse_loss` for shapes, dtypes and errors.
+
+    Args:
+        size_average: Deprecated, see ``reduction``.
+        reduce: Deprecated, see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+    """
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _scriptable(self, torch.nn.MSELoss)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(input, target, reduction=self.reduction)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):

@@ -191,6 +191,26 @@ def _log_softmax(
     return _run("log_softmax", _why_torch(input, dtype), (input,), (input, dim, _stacklevel + 2, dtype))
 
 
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """:func:`torch.nn.functional.mse_loss`, by nllx where it can."""
+    arguments = (input, target, size_average, reduce, reduction, weight)
+    reason = _why_torch(input, None, target, weight)
+    if reason == f"dtype {input.dtype}" and all(t is None or isinstance(t, Tensor) for t in (target, weight)):
+        # Of one that has no kernel, and is promoted to one that has.
+        promoted = torch.result_type(input, target)
+        reason = _why_torch(
+            input, promoted if weight is None else torch.promote_types(promoted, weight.dtype), target, weight
+        )
+    return _run("mse_loss", reason, (input, target, weight), arguments)
+
+
 _REPLACEMENTS: dict[str, Callable[..., Tensor]] = _kept(
     "_REPLACEMENTS", {name: globals()[f"_{name}"] for name in _torchs}
 )
@@ -232,9 +252,11 @@ def _update() -> None:
 
 
 def patch() -> None:
-    """Routes ``torch.nn.functional.cross_entropy``, ``nll_loss`` and ``log_softmax`` to nllx, until :func:`unpatch`.
+    """Routes ``torch.nn.functional.cross_entropy``, ``nll_loss``, ``log_softmax`` and ``mse_loss`` to nllx, until
+    :func:`unpatch`.
 
-    The modules ``torch.nn.CrossEntropyLoss``, ``NLLLoss`` and ``LogSoftmax`` call these functions, those already built too.
+    The modules ``torch.nn.CrossEntropyLoss``, ``NLLLoss``, ``LogSoftmax`` and ``MSELoss`` call these functions, those already
+    built too.
     What nllx does not take (other dtypes, devices and layouts, subclasses of Tensor that handle torch's functions
     themselves, calls under a ``TorchFunctionMode``) goes to torch as before; :func:`patch_report` tells. A second call changes
     nothing. Where somebody has put another function in the place of nllx's, it stays, with a warning.
@@ -335,7 +357,8 @@ _MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 
 
 def convert(module: _Module, *, verbose: bool = True) -> _Module:
-    """Makes the losses inside of a model nllx's: ``CrossEntropyLoss``, ``NLLLoss`` and ``LogSoftmax``, itself included.
+    """Makes the losses inside of a model nllx's: ``CrossEntropyLoss``, ``NLLLoss``, ``LogSoftmax`` and ``MSELoss``, itself
+    included.
 
     Each stays the same object, with its weights, options, hooks and mode, and gets nllx's class (a subclass of torch's).
     Subclasses that users wrote are left as they are, since their ``forward`` may do anything, and so are modules whose
@@ -364,8 +387,8 @@ def convert(module: _Module, *, verbose: bool = True) -> _Module:
             print(f"nllx.convert: {name or 'the module itself'}: {child}{left}")
     if verbose and not found:
         print(
-            f"nllx.convert: {type(module).__name__} holds no CrossEntropyLoss, NLLLoss or LogSoftmax of torch: nothing is "
-            "converted. Losses that are called as functions are nllx's with nllx.patch()"
+            f"nllx.convert: {type(module).__name__} holds no CrossEntropyLoss, NLLLoss, LogSoftmax or MSELoss of torch: "
+            "nothing is converted. Losses that are called as functions are nllx's with nllx.patch()"
         )
     return module
 

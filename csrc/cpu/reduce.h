@@ -7,6 +7,7 @@
 
 namespace nllx {
 
+// `value` to a tensor of one element. Without the dispatcher but for half types: it takes as long as a small problem.
 inline void set_scalar(at::Tensor& t, double value) {
   if (t.scalar_type() == at::kDouble) {
     *t.mutable_data_ptr<double>() = value;

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nllx._operators import checked_target, cross_entropy, functorch, log_softmax, nll_loss
+from nllx._operators import checked_target, cross_entropy, functorch, log_softmax, mse_loss, nll_loss
 
-OPERATORS = (*cross_entropy.OPERATORS, *nll_loss.OPERATORS, *log_softmax.OPERATORS)
+OPERATORS = (*cross_entropy.OPERATORS, *nll_loss.OPERATORS, *log_softmax.OPERATORS, *mse_loss.OPERATORS)
 
 
 def register(library: torch.library.Library) -> None:

@@ -45,6 +45,7 @@ struct Chunks {
     count = (units + units_per_chunk - 1) / units_per_chunk;
     elements_per_chunk = unit_elements * units_per_chunk;
   }
+  explicit constexpr Chunks(const Elements& elements) : Chunks(Extent{elements.count, 1, 1}, Layout::kRows) {}
   static constexpr int64_t tiles_per_plane(const Extent& extent) { return (extent.inner + kTile - 1) / kTile; }
   constexpr int64_t begin(int64_t chunk) const { return chunk * units_per_chunk; }
   constexpr int64_t end(int64_t chunk) const {
@@ -84,6 +85,8 @@ struct CpuKernels {
   LossKernel<NllLossBackward> nll_loss_backward[4];
   MapKernel<LogSoftmaxForward> log_softmax_forward[4];
   MapKernel<LogSoftmaxBackward> log_softmax_backward[4];
+  LossKernel<ElementwiseForward> mse_loss_forward[4];
+  MapKernel<ElementwiseBackward> mse_loss_backward[4];
 };
 
 namespace default_capability {

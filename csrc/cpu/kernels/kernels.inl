@@ -16,6 +16,8 @@ namespace {
 #include "short_rows.inl"
 #include "nll_loss.inl"
 #include "log_softmax.inl"
+#include "elementwise.inl"
+#include "mse_loss.inl"
 // clang-format on
 
 // From the problem to the instance: the terms and the type of the probabilities. Calls f(Instance<...>{}).
@@ -91,6 +93,8 @@ const CpuKernels kernels = {
     NLLX_PER_TYPE(nll_loss_backward),
     NLLX_PER_TYPE(log_softmax_forward),
     NLLX_PER_TYPE(log_softmax_backward),
+    NLLX_PER_TYPE(mse_loss_forward),
+    NLLX_PER_TYPE(mse_loss_backward),
 };
 #undef NLLX_PER_TYPE
 
