@@ -202,12 +202,8 @@ def _mse_loss(
     """:func:`torch.nn.functional.mse_loss`, by nllx where it can."""
     arguments = (input, target, size_average, reduce, reduction, weight)
     reason = _why_torch(input, None, target, weight)
-    if reason == f"dtype {input.dtype}" and all(t is None or isinstance(t, Tensor) for t in (target, weight)):
-        # Of one that has no kernel, and is promoted to one that has.
-        promoted = torch.result_type(input, target)
-        reason = _why_torch(
-            input, promoted if weight is None else torch.promote_types(promoted, weight.dtype), target, weight
-        )
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and reason in (None, f"dtype {input.dtype}"):
+        reason = _why_torch(input, torch.result_type(input, target), target, weight)
     return _run("mse_loss", reason, (input, target, weight), arguments)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")  # their position is the operators' integer argument
-OPERATORS = ("cross_entropy", "nll_loss", "log_softmax")
+OPERATORS = ("cross_entropy", "nll_loss", "log_softmax")  # those of rows of classes
+ELEMENTWISE = ("mse_loss",)  # target (any_numbers) and weight have the input's shape
 
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 int8, int16, int32, int64, uint8 = torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8
@@ -28,7 +29,7 @@ class Case:
     """One problem.
 
     name, why: unique identifier, and the reason for the row.
-    op: one of ``OPERATORS``.
+    op: one of ``OPERATORS`` or ``ELEMENTWISE``.
     shape: ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; any shape for log_softmax.
     layout, target_layout, weight_layout: a key of ``LAYOUTS``.
     target: "index" or a key of ``PROBABILITIES``.
@@ -147,6 +148,8 @@ class Problem:
         """The case computed by ``torch.nn.functional``, ``nllx.functional`` or anything with their functions."""
         case = self.case
         function = getattr(functional, case.op)
+        if case.op in ELEMENTWISE:
+            return function(self.input, self.target, weight=self.weight, reduction=case.reduction)
         if case.op == "log_softmax":
             return function(self.input, case.dim, dtype=case.out_dtype)
         options = {"ignore_index": case.ignore_index, "reduction": case.reduction}
@@ -159,7 +162,10 @@ class Problem:
         case = self.case
         if case.op == "log_softmax":
             return self.input, case.dim, case.out_dtype
-        arguments = (self.input, self.target, self.weight, REDUCTIONS.index(case.reduction), case.ignore_index)
+        arguments = (self.input, self.target, self.weight, REDUCTIONS.index(case.reduction))
+        if case.op in ELEMENTWISE:
+            return arguments
+        arguments = (*arguments, case.ignore_index)
         return (*arguments, case.label_smoothing) if case.op == "cross_entropy" else arguments
 
 
@@ -348,7 +354,10 @@ def build(case: Case, device: str | torch.device = "cpu") -> Problem:
         problem.target = arranged(as_input(probabilities), case.target_layout, target_dtype)
     else:
         problem.target = arranged(index.view(case.row_shape), case.target_layout, target_dtype)
-    if case.weight:
+    if case.weight and case.op in ELEMENTWISE:
+        weights = torch.rand(rows, classes, generator=generator, dtype=float64) + 0.5
+        problem.weight = arranged(as_input(weights), case.layout, case.weight_dtype or case.dtype)
+    elif case.weight:
         weight = WEIGHTS[case.weight](torch.rand(classes, generator=generator, dtype=float64) + 0.5)
         problem.weight = arranged(weight, case.weight_layout, case.weight_dtype or case.dtype)
     return problem

@@ -28,7 +28,7 @@ struct MseLoss {
                           const OptionalTensor& weight, int64_t reduction, OptionalDtype dtype) {
     const at::ScalarType loss = promoted(input, target, weight);
     at::ScalarType type = at::result_type(input, target);
-    if (loss == at::kDouble || !at::isFloatingType(type)) type = loss;
+    if (loss == at::kDouble && at::isFloatingType(type)) type = loss;
     OptionalTensor w;
     if (tensor_of(weight).defined()) {
       const bool is_taken = weight->scalar_type() == type || at::isComplexType(weight->scalar_type());

@@ -74,33 +74,28 @@ def composite(input: Tensor, target: Tensor, weight: Tensor | None = None, reduc
 
 
 def check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *_: Any) -> None:
-    """Raises what the kernels raise for shapes, dtypes, options and devices that do not fit."""
+    """Raises what the kernels raise for shapes, dtypes, options and devices that do not fit (csrc/elementwise.cpp)."""
     check_dtype("mse_loss", input.dtype)
-    for name, tensor in (("target", target), ("weight", weight)):
+    acc = _acc(input.dtype)
+    for name, tensor, taken in (("target", target, [input.dtype]), ("weight", weight, [input.dtype, acc])):
         if tensor is None:
             continue
         torch._check(
             not differ(tensor.shape, input.shape),
             lambda name=name, tensor=tensor: (
-                f"mse_loss: {name} must have the shape of input, {list(input.shape)}, but has {list(tensor.shape)}"
+                f"mse_loss: {name} must have the shape of input, {list(input.shape)}, but got {list(tensor.shape)}"
             ),
         )
-    torch._check(
-        target.dtype == input.dtype,
-        lambda: (
-            f"mse_loss: target must have the dtype of input, {dtype_name(input.dtype)}, but has {dtype_name(target.dtype)}"
-        ),
-    )
-    torch._check(
-        weight is None or weight.dtype in (input.dtype, _acc(input.dtype)),
-        lambda: (
-            f"mse_loss: weight must have dtype {dtype_name(input.dtype)} or {dtype_name(_acc(input.dtype))}, but has "
-            f"{dtype_name(weight.dtype)}"  # type: ignore[union-attr]
-        ),
-    )
+        torch._check(
+            tensor.dtype in taken,
+            lambda name=name, tensor=tensor, taken=taken: (
+                f"mse_loss: expected scalar type {dtype_name(input.dtype)} but found {dtype_name(tensor.dtype)} for {name}; it "
+                f"takes the dtype of input{' or float32' if torch.float32 in taken[1:] else ''}"
+            ),
+        )
+    check_devices("mse_loss", input, target=target, weight=weight)
     if reduction not in (NONE, MEAN, SUM):
         raise ValueError(f"mse_loss: {reduction} is not a valid value for reduction")
-    check_devices("mse_loss", input, target=target, weight=weight)
 
 
 def forward_fake(

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 import nllx
 
-_MODULES = ("CrossEntropyLoss", "NLLLoss", "LogSoftmax")
+_MODULES = ("CrossEntropyLoss", "NLLLoss", "LogSoftmax", "MSELoss")
 _LOSSES = _MODULES[:2]
-_FUNCTIONS = ("cross_entropy", "nll_loss", "log_softmax")
+_FUNCTIONS = ("cross_entropy", "nll_loss", "log_softmax", "mse_loss")
 
 x = torch.linspace(-2, 2, 24).reshape(4, 6)
 t = torch.tensor([0, 5, -100, 3])
@@ -62,11 +62,15 @@ _ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("NLLLoss", {"reduction": "sum"}),
     ("LogSoftmax", {"dim": 1}),
     ("LogSoftmax", {"dim": -2}),
+    ("MSELoss", {}),
+    ("MSELoss", {"reduction": "none"}),
 ]
 
 
 def _call(module: torch.nn.Module) -> torch.Tensor:
     target = torch.where(t == -100, 1, t) if getattr(module, "ignore_index", -100) != -100 else t
+    if isinstance(module, torch.nn.MSELoss):
+        return module(x, x.flip(0))
     return module(x) if isinstance(module, torch.nn.LogSoftmax) else module(x, target)
 
 
@@ -99,6 +103,7 @@ def test_positional_arguments(name: str) -> None:
         "CrossEntropyLoss": (torch.ones(6), None, 5, None, "sum", 0.1),
         "NLLLoss": (torch.ones(6), None, 5, None, "sum"),
         "LogSoftmax": (0,),
+        "MSELoss": (None, None, "sum"),
     }[name]
     assert_close(_call(getattr(nllx, name)(*given)), _call(getattr(torch.nn, name)(*given)))
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import nllx
 
 F = torch.nn.functional
-_TORCH = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss", "log_softmax")}
+_TORCH = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss", "log_softmax", "mse_loss")}
 _x = torch.arange(12.0).view(3, 4).sin()
 _t = torch.tensor([0, 3, 1])
 _w = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -65,6 +65,8 @@ _CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "NLLLoss": lambda x: _LIKELIHOOD(x, _t),
     "log_softmax": lambda x: F.log_softmax(x, dim=1, dtype=torch.float64),
     "LogSoftmax": lambda x: _LOG_SOFTMAX(x),
+    "mse_loss": lambda x: F.mse_loss(x, _x.flip(0), reduction="sum", weight=_x.exp()),
+    "MSELoss": lambda x: torch.nn.MSELoss()(x, _x.flip(0)),
 }
 
 
@@ -757,7 +759,7 @@ def test_revert(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_to_convert(capsys: pytest.CaptureFixture[str]) -> None:
     nllx.convert(torch.nn.Linear(2, 2))
-    assert "Linear holds no CrossEntropyLoss, NLLLoss or LogSoftmax of torch" in capsys.readouterr().out
+    assert "Linear holds no CrossEntropyLoss, NLLLoss, LogSoftmax or MSELoss of torch" in capsys.readouterr().out
     nllx.revert(torch.nn.Linear(2, 2))
     assert capsys.readouterr().out == "nllx.revert: Linear holds no loss of nllx\n"
     nllx.convert(torch.nn.Linear(2, 2), verbose=False)

@@ -29,6 +29,7 @@ OPS: dict[str, tuple[dict[str, Any], bool]] = {
     "cross_entropy, probabilities and weights": ({**_PROBABILITIES}, False),
     "nll_loss": ({"op": "nll_loss", "weight": "positive", "ignored": "some"}, True),
     "log_softmax": ({"op": "log_softmax"}, True),
+    "mse_loss": ({"op": "mse_loss", "target": "any_numbers", "weight": "positive"}, False),
 }
 _SHAPES: dict[str, dict[str, Any]] = {
     "rows_mean": {"shape": (3, 4)},
