@@ -51,6 +51,8 @@ REGISTER_BUDGETS = {
     "log_softmax_forward_block_rows_kernel": 128,
     "log_softmax_forward_planes_kernel": 128,
     "log_softmax_forward_register_rows_kernel": 168,
+    "mse_loss_backward_kernel": 80,
+    "mse_loss_forward_kernel": 80,
     "nll_loss_backward_kernel": 48,
     "nll_loss_forward_kernel": 80,
     "probability_mass_planes_kernel": 72,
@@ -71,8 +73,12 @@ VECTORS = {
     "log_softmax_backward_register_rows_kernel": (True, True),
     "log_softmax_forward_block_rows_kernel": (True, True),
     "log_softmax_forward_register_rows_kernel": (True, True),
+    "mse_loss_backward_kernel": (True, True),
+    "mse_loss_forward_kernel": (True, True),
     "nll_loss_backward_kernel": (False, True),
 }
+# Kernels of which some instances take elements one by one: the part of a mangled name that says that one does not.
+IN_VECTORS = dict.fromkeys(("mse_loss_backward_kernel", "mse_loss_forward_kernel"), "Lb1E")
 # What goes through shared memory ahead of the arithmetic, by the part of its mangled name that says so (not float32 without
 # coefficients, and of planes those in vectors), and which blocks exchange the states of their parts in clusters.
 CLUSTERS = {
@@ -224,7 +230,8 @@ def without_vectors(machine_code: str, architecture: str) -> list[str]:
     for function in re.split(r"\bFunction : ", machine_code)[1:]:
         mangled = function.split(maxsplit=1)[0]
         name = kernel_name(mangled)
-        for wanted, what, opcode in zip(VECTORS.get(name, ()), ("load", "store"), ("LDG(STS)?", "STG"), strict=False):
+        vectors = VECTORS.get(name, ()) if IN_VECTORS.get(name, "") in mangled else ()
+        for wanted, what, opcode in zip(vectors, ("load", "store"), ("LDG(STS)?", "STG"), strict=False):
             if wanted and not re.search(rf"\b{opcode}\.E(\.\w+)*\.128\b", function):
                 found.append(f"{name} ({mangled}) has no 16-byte {what} on sm_{architecture}")
         if name not in ASYNCHRONOUS:

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cuda(const Tensor& logi
   }
   const FloatType type = loss.float_type();
   const CudaDevice device = current_cuda_device();
-  const Outputs outputs(loss, reduction, result, total_weight,
+  const Outputs outputs(reduction, result, total_weight,
                         cross_entropy_workspace(CudaOp::kForward, p, nullptr, type, device), stream);
   C10_CUDA_CHECK(launch_cross_entropy_forward(p, outputs.reduction, type, device, bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> value_and_grad(const LossArguments& args, OptionalDty
   b.total_weight = nullptr;  // known to the launch
   const FloatType type = loss.float_type();
   const CudaDevice device = current_cuda_device();
-  Outputs outputs(loss, args.reduction, result, total_weight,
+  Outputs outputs(args.reduction, result, total_weight,
                   cross_entropy_workspace(CudaOp::kValueAndGrad, p, &b, type, device), stream);
   outputs.reduction.divisor = static_cast<char*>(total_weight.mutable_data_ptr()) + total_weight.element_size();
   const Tensor mass = at::empty({loss.probabilities_given ? loss.rows() : 0}, accs);

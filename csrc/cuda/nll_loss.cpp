@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward_cuda(const Tensor& log_probs, const 
     p.row_loss = result.mutable_data_ptr();
     p.row_loss_is_acc = loss.loss_is_acc();
   }
-  const Outputs outputs(loss, reduction, result, total_weight, nll_loss_workspace(p), stream);
+  const Outputs outputs(reduction, result, total_weight, nll_loss_workspace(p), stream);
   C10_CUDA_CHECK(launch_nll_loss_forward(p, outputs.reduction, loss.float_type(), bad_target_record(), stream));
   raise_bad_target_if_synchronous(stream);
   return {result, total_weight};

@@ -16,11 +16,11 @@ struct Outputs {
   LossReduction reduction;
   at::Tensor partials, row_parts, counters;  // owners
 
-  Outputs(const LossProblem& loss, int64_t reduction, at::Tensor& result, at::Tensor& total_weight,
-          const LossWorkspace& workspace, cudaStream_t stream) {
-    const at::TensorOptions options = loss.input.options();
+  Outputs(int64_t reduction, at::Tensor& result, at::Tensor& total_weight, const LossWorkspace& workspace,
+          cudaStream_t stream) {
+    const at::TensorOptions options = total_weight.options();
     this->reduction.reduction = static_cast<Reduction>(reduction);
-    this->reduction.loss_is_acc = loss.loss_is_acc();
+    this->reduction.loss_is_acc = result.scalar_type() == total_weight.scalar_type();
     this->reduction.loss = result.mutable_data_ptr();
     this->reduction.total_weight = total_weight.mutable_data_ptr();
     if (workspace.partials > 0) {

@@ -131,6 +131,55 @@ class LogSoftmaxBackward(ctypes.Structure):
     ]
 
 
+MOST_DIMS = 8
+
+
+class Elements(ctypes.Structure):
+    _fields_ = [("count", c_int64), ("dims", c_int), ("sizes", c_int64 * MOST_DIMS)]
+
+
+class ElementStrides(ctypes.Structure):
+    _fields_ = [("of", c_int64 * MOST_DIMS), ("adjacent", c_bool)]
+
+
+class ElementwiseForward(ctypes.Structure):
+    _fields_ = [
+        ("elements", Elements),
+        ("input", c_void_p),
+        ("input_strides", ElementStrides),
+        ("target", c_void_p),
+        ("target_strides", ElementStrides),
+        ("weight", c_void_p),
+        ("weight_is_acc", c_bool),
+        ("weight_strides", ElementStrides),
+        ("loss", c_void_p),
+        ("loss_is_acc", c_bool),
+        ("loss_strides", ElementStrides),
+    ]
+
+
+class ElementwiseBackward(ctypes.Structure):
+    _fields_ = [
+        ("elements", Elements),
+        ("input", c_void_p),
+        ("input_strides", ElementStrides),
+        ("target", c_void_p),
+        ("target_strides", ElementStrides),
+        ("weight", c_void_p),
+        ("weight_is_acc", c_bool),
+        ("weight_strides", ElementStrides),
+        ("grad_output", c_void_p),
+        ("grad_output_is_acc", c_bool),
+        ("one_grad_output", c_bool),
+        ("grad_output_strides", ElementStrides),
+        ("total_weight", c_void_p),
+        ("grad_input", c_void_p),
+        ("grad_input_strides", ElementStrides),
+        ("grad_target", c_void_p),
+        ("grad_target_strides", ElementStrides),
+    ]
+
+
 class LossReduction(ctypes.Structure):
     _fields_ = [
         ("reduction", c_uint8),
@@ -211,6 +260,10 @@ _STRUCTS = (
     NllLossBackward,
     LogSoftmaxForward,
     LogSoftmaxBackward,
+    Elements,
+    ElementStrides,
+    ElementwiseForward,
+    ElementwiseBackward,
     LossReduction,
     BadTarget,
     LossWorkspace,

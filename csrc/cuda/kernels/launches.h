@@ -17,7 +17,7 @@ struct BadTarget {
 };
 
 // Where the forward launches leave the loss, and what they need to add it up in one launch: each chunk of rows (see
-// plan.h) writes one partial sum, and the last block to finish adds them in fixed order.
+// plan.h) or elements writes one partial sum, and the last block to finish adds them in fixed order.
 struct LossReduction {
   Reduction reduction = Reduction::kMean;
   bool loss_is_acc = false;
@@ -38,6 +38,7 @@ struct LossWorkspace {
 LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, const CrossEntropyBackward* gradient,
                                       FloatType type, const CudaDevice& device);
 LossWorkspace nll_loss_workspace(const NllLossForward& p);
+LossWorkspace elementwise_workspace(const Elements& elements);
 
 // The most blocks of a thread-block cluster on the current device, whose other properties are given: 1 where it has no
 // clusters, or these kernels were compiled for architectures without.
@@ -60,6 +61,9 @@ cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType typ
                                        cudaStream_t stream);
 cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType type, const CudaDevice& device,
                                         cudaStream_t stream);
+cudaError_t launch_mse_loss_forward(const ElementwiseForward& p, const LossReduction& r, FloatType type,
+                                    cudaStream_t stream);
+cudaError_t launch_mse_loss_backward(const ElementwiseBackward& p, FloatType type, cudaStream_t stream);
 cudaError_t launch_checked_target(const void* target, IndexType type, int64_t n, int64_t classes, int64_t ignore_index,
                                   int64_t* out, BadTarget* bad, cudaStream_t stream);
 
