@@ -122,7 +122,7 @@ run_on_cpu() {
     for name in libasan.so libstdc++.so; do preloaded+=" $(g++ -print-file-name=$name)"; done
     # shellcheck disable=SC2086
     NLLX_EMULATOR_SANITIZER=address LD_PRELOAD=${preloaded# } \
-        ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:detect_odr_violation=0:allocator_may_return_null=1 \
+        ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:allocator_may_return_null=1 \
         python -m pytest tests/cuda_on_cpu -k "not every_order and not tiles_of_a_chunk" $workers
     # shellcheck disable=SC2086
     python -m pytest tests/cuda_on_cpu -k "every_order or tiles_of_a_chunk or test_emulator or test_mutations" -m '' \

@@ -51,5 +51,5 @@ tar -cf - --exclude='./.*' --exclude=./build --exclude=__pycache__ --exclude='*.
 # before them. C++ exceptions cross torch's libraries, so the C++ library has to be there too.
 cd "$tree"
 LD_PRELOAD="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so)" \
-    ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
     PYTHONPATH=. python -m pytest -p no:cacheprovider "$@"

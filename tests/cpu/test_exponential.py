@@ -30,25 +30,25 @@ def _gradient(d: Tensor, layout: str) -> Tensor:
     return grad
 
 
-def _worst(d: Tensor, layout: str, slope: float) -> float:
-    """The largest relative error beyond `slope` |d|, in roundings of the dtype."""
+def _worst(d: Tensor, layout: str) -> float:
+    """The largest relative error, in roundings of the dtype."""
     exact = torch.sigmoid(d.double())
-    error = ((_gradient(d, layout).double() - exact) / exact).abs() - slope * d.double().abs()
+    error = ((_gradient(d, layout).double() - exact) / exact).abs()
     return float(error.max()) / torch.finfo(d.dtype).eps
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_float32(layout: str) -> None:
-    """1.4e-8 |x| from rounding log2 e, as documented, and a few roundings, down to the smallest normal number."""
+    """A few roundings, down to the smallest normal number: none that grows with the argument."""
     points = 100_001 if layout in ("short", "long") else 1_000_001
-    assert _worst(torch.linspace(-87.3, 0, points), layout, 1.5e-8) < 4
-    assert _worst(-torch.logspace(-30, 1.9, 100_001), layout, 1.5e-8) < 4
+    assert _worst(torch.linspace(-87.3, 0, points), layout) < 4
+    assert _worst(-torch.logspace(-30, 1.9, 100_001), layout) < 4
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_float64(layout: str) -> None:
     points = 50_001 if layout in ("short", "long") else 200_001
-    assert _worst(torch.linspace(-708, 0, points, dtype=torch.float64), layout, 1.2e-16) < 4
+    assert _worst(torch.linspace(-708, 0, points, dtype=torch.float64), layout) < 4
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)

@@ -55,10 +55,8 @@ def _laid_out(logits: Tensor, layout: str) -> Tensor:
     return logits.clone()
 
 
-def _errors(
-    function: Any, layout: str, logits: Tensor, target: Tensor, exact: tuple[Tensor, Tensor], **options: Any
-) -> tuple[float, float]:
-    """The largest error of a loss in its ulp, and of a gradient in the eps of its dtype times the largest of its row."""
+def _answer(function: Any, layout: str, logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The loss of each row, and its gradient."""
     leaf = _laid_out(logits, layout).requires_grad_()
     if layout == "planes":
         target = target.t()[None] if target.is_floating_point() else target[None]
@@ -66,10 +64,18 @@ def _errors(
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     if layout == "planes":
         loss, gradient = loss[0], gradient[0].t()
+    return loss.detach().double(), gradient.double()
+
+
+def _errors(
+    function: Any, layout: str, logits: Tensor, target: Tensor, exact: tuple[Tensor, Tensor], **options: Any
+) -> tuple[float, float]:
+    """The largest error of a loss in its ulp, and of a gradient in the eps of its dtype times the largest of its row."""
+    loss, gradient = _answer(function, layout, logits, target, **options)
     size = torch.maximum(exact[0].abs(), exact[2].squeeze(1))
     fits = exact[0].abs() <= torch.finfo(logits.dtype).max
-    of_loss = ((loss.detach().double() - exact[0]).abs() / _ulp(size, logits.dtype))[fits]
-    of_gradient = (gradient.double() - exact[1]).abs() / (exact[2] * torch.finfo(logits.dtype).eps)
+    of_loss = ((loss - exact[0]).abs() / _ulp(size, logits.dtype))[fits]
+    of_gradient = (gradient - exact[1]).abs() / (exact[2] * torch.finfo(logits.dtype).eps)
     return of_loss.max().item(), of_gradient.max().item()
 
 
@@ -105,6 +111,44 @@ def test_never_less_exact_than_torch(
                 worst[f"{name}, torch"] = max(worst[f"{name}, torch"], b)
             problems += 1
     note(problems=problems, **{name: round(value, 2) for name, value in worst.items()})
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no extended precision on this machine")
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["plain", "probabilities"])
+@pytest.mark.parametrize("layout", ["rows", "planes", "padded"])
+def test_small_probabilities(
+    layout: str, option: str, dtype: torch.dtype, amount: Callable[[int, int], int], note: Callable[..., None]
+) -> None:
+    """Gradients relative to themselves, down to the smallest normal number. One class has so nearly all the probability, and
+    the logits are multiples of such a number, that x - m and torch's log-softmax are exact at every scale: what is seen is the
+    error of the exponential and of what it is multiplied with."""
+    info, acc = torch.finfo(dtype), torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    multiple, lowest = acc.eps * 2**13, math.log(acc.tiny) + 2
+    errors = {"gradient": 0.0, "gradient, torch": 0.0}
+    for classes in (2, 10, 100, 1000, 100000)[: amount(4, 5)]:
+        rows = max(3, amount(1 << 13, 1 << 20) // classes)
+        for scale in (1.0, 10.0, 100.0, 1e3, 1e4):
+            generator = torch.Generator().manual_seed(classes)
+            highest = math.log(acc.eps / classes) - 1
+            below = highest + (lowest - highest) * torch.rand(rows, classes, generator=generator, dtype=torch.float64)
+            best = torch.randint(classes, (rows,), generator=generator)
+            logits = scale + below.scatter_(1, best[:, None], 0.0)
+            logits = ((logits / multiple).round() * multiple).to(dtype)
+            target = best
+            if option == "probabilities":
+                target = torch.rand(rows, classes, generator=generator, dtype=torch.float64) * 2 * info.tiny
+                target = target.scatter_(1, best[:, None], 1.0).to(dtype)
+            exact = _exact(logits, target, torch.ones(classes), 0.0)[1]
+            share = target if option == "probabilities" else torch.zeros(rows, classes).scatter_(1, best[:, None], 1.0)
+            size = (exact + 2 * share.double()).clamp_min(info.tiny)  # p Σ q + q, as exact is p Σ q - q
+            worst = [
+                ((_answer(f.cross_entropy, layout, logits, target)[1] - exact).abs() / (size * info.eps)).max().item()
+                for f in (nllx.functional, torch.nn.functional)
+            ]
+            assert worst[0] <= 1.5 * worst[1] + _MOST_ULP, (classes, scale, *worst)
+            errors = {name: max(before, now) for (name, before), now in zip(errors.items(), worst, strict=True)}
+    note(**{name: round(value, 2) for name, value in errors.items()})
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e6, 1e30, -1e38])

@@ -669,54 +669,78 @@ NLLX_INLINE double sum_of_lanes(Vec<acc> v) {
   return sum_of<kLanes<acc>>(lanes);
 }
 
-// exp(x) for x ≤ 88 (float) or 709 (double); from -87.3 on down denormal, then (float: below -87.7, AVX-512 -103.9;
-// double: at once) zero, for -inf too; NaN stays NaN.
+// exp(x) for x ≤ 88 (float) or 709 (double); from -87.3 on down denormal (AVX2: up to 2^-127 too small), then (float:
+// below -87.7, AVX2 -88, AVX-512 -103.9; double: at once) zero, for -inf too; NaN stays NaN.
 //
-// The float version is 2^n 2^f with n the integer nearest to x log2 e and f in [-½, ½] the rest, and a polynomial of
-// degree 5 for 2^f, fitted here: it minimises the largest relative error under p(0) = 1, so that exp(0) is 1 exactly
-// and the loss of a row that one class dominates is exact too. Its own error is at most 9.1e-8; rounding log2 e to
-// float adds 1.4e-8 |x|. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder is
-// below 2^-57.
+// The float version is 2^n 2^f with n the multiple of 1/32 (AVX-512), 1/8 (AVX2) or 1 that is nearest to x log2 e. What
+// is whole of n goes into the exponent, the rest into a table in registers, so that a short polynomial is left for 2^f,
+// fitted here: it minimises the largest relative error under p(0) = 1, so that exp(0) is 1 exactly and the loss of a
+// row that one class dominates is exact too. Its own error is at most 5.4e-8, 2.6e-8 or 9.1e-8. log2 e in one float
+// would add 1.4e-8 |x|, ten roundings in the gradient of an improbable class; with the rest of it nothing grows with x.
+// The table pays for that. The double version is the Taylor series to r^13 after a reduction by ln 2, whose remainder
+// is below 2^-57.
 //
 // K vectors, step by step: the steps of one wait for each other.
+#if NLLX_VECTOR_BYTES == 64
+// 2^(i/32)
+alignas(64) constexpr float kFractions[32] = {
+    1.f,         1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+#elif NLLX_VECTOR_BYTES == 32
+// The bits of 2^(i/8), less i << 20, which the multiples of 1/8 bring along when they are shifted to the exponent.
+alignas(32) constexpr uint32_t kFractions[8] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u,
+                                                0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u};
+#endif
 template <int K>
 NLLX_INLINE void exp_vecs(Vec<float>* x) {
   const float log2_e = 1.44269504f;
-  Vec<float> n[K], f[K], p[K];
+  Vec<float> n[K], f[K], p[K], power[K];
 #define NLLX_EACH _Pragma("GCC unroll 8") for (int u = 0; u < K; ++u)
 #if NLLX_VECTOR_BYTES == 64
-  // The limit keeps -inf - -inf out of f. vscalef multiplies by 2^n whatever n is.
+  // The limit keeps -inf - -inf out of f.
   NLLX_EACH x[u] = at_least(x[u], -104.f);
-  NLLX_EACH n[u] = bit_cast<Vec<float>>(
-      _mm512_roundscale_ps(bit_cast<__m512>(x[u] * log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
+  const float round = 393216.f;  // 1.5 * 2^18: rounds to a multiple of 1/32, and leaves their number in the low bits
+#elif NLLX_VECTOR_BYTES == 32
   // At the limit n is -127, whose power of two is made as zero.
   NLLX_EACH x[u] = at_least(x[u], -88.02969f);
+  const float round = 1572864.f;  // 1.5 * 2^20: rounds to a multiple of 1/8, and leaves their number in the low bits
+#else
+  NLLX_EACH x[u] = at_least(x[u], -88.02969f);
   const float round = 12583039.f;  // 1.5 * 2^23 + 127: rounds to an integer, and leaves the bits of 2^n in the low ones
-  Vec<float> power[K];
+#endif
   NLLX_EACH power[u] = x[u] * log2_e + round;
   NLLX_EACH n[u] = power[u] - round;
-  NLLX_EACH power[u] = bit_cast<Vec<float>>(bit_cast<vec_u32>(power[u]) << 23);
-#endif
-  // The product must not be rounded before n is taken from it.
-#if NLLX_VECTOR_BYTES == 64
-  NLLX_EACH f[u] =
-      bit_cast<Vec<float>>(_mm512_fmsub_ps(bit_cast<__m512>(x[u]), _mm512_set1_ps(log2_e), bit_cast<__m512>(n[u])));
-#elif NLLX_VECTOR_BYTES == 32
-  NLLX_EACH f[u] =
-      bit_cast<Vec<float>>(_mm256_fmsub_ps(bit_cast<__m256>(x[u]), _mm256_set1_ps(log2_e), bit_cast<__m256>(n[u])));
+#if NLLX_VECTOR_BYTES > 16
+  // The product must not be rounded before n is taken from it, and what float leaves of log2 e counts.
+  NLLX_EACH f[u] = x[u] * 1.92596299e-8f + fused_minus(x[u], broadcast(log2_e), n[u]);
 #else
   // No fused multiply-add: ln 2 in two parts, n times the first of which is exact.
   NLLX_EACH f[u] = (x[u] - n[u] * 0.693359375f) * log2_e + n[u] * 3.0613187e-4f;
 #endif
+#if NLLX_VECTOR_BYTES == 64
+  NLLX_EACH power[u] = bit_cast<Vec<float>>(
+      _mm512_permutex2var_ps(_mm512_load_ps(kFractions), bit_cast<__m512i>(power[u]), _mm512_load_ps(kFractions + 16)));
+  NLLX_EACH p[u] = f[u] * 2.40226448e-1f + 6.93157315e-1f;
+  NLLX_EACH p[u] = p[u] * (f[u] * power[u]) + power[u];
+  // vscalef multiplies by 2^n, n rounded down, whatever n is.
+  NLLX_EACH x[u] = bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p[u]), bit_cast<__m512>(n[u])));
+#elif NLLX_VECTOR_BYTES == 32
+  const __m256i fractions = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFractions));
+  NLLX_EACH power[u] =
+      bit_cast<Vec<float>>(bit_cast<vec_u32>(_mm256_permutevar8x32_epi32(fractions, bit_cast<__m256i>(power[u]))) +
+                           (bit_cast<vec_u32>(power[u]) << 20));
+  NLLX_EACH p[u] = f[u] * 5.54890037e-2f + 2.40257517e-1f;
+  NLLX_EACH p[u] = p[u] * f[u] + 6.93147242e-1f;
+  NLLX_EACH x[u] = p[u] * (f[u] * power[u]) + power[u];
+#else
+  NLLX_EACH power[u] = bit_cast<Vec<float>>(bit_cast<vec_u32>(power[u]) << 23);
   NLLX_EACH p[u] = f[u] * 1.326472731e-3f + 9.671512991e-3f;
   NLLX_EACH p[u] = p[u] * f[u] + 5.550733581e-2f;
   NLLX_EACH p[u] = p[u] * f[u] + 2.402224243e-1f;
   NLLX_EACH p[u] = p[u] * f[u] + 6.931470037e-1f;
   NLLX_EACH p[u] = p[u] * f[u] + 1.f;
-#if NLLX_VECTOR_BYTES == 64
-  NLLX_EACH x[u] = bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p[u]), bit_cast<__m512>(n[u])));
-#else
   NLLX_EACH x[u] = p[u] * power[u];
 #endif
 #undef NLLX_EACH
