@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import hypothesis
 import pytest
 import torch
+from cases import Case
 
 from nllx import _C
 
@@ -37,7 +39,29 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample", type=int, default=1, metavar="N", help="of tests with hundreds of cases, every Nth case"
+    )
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step = config.getoption("sample")
+    if step == 1:
+        return
+    tables: dict[tuple[object, ...], list[pytest.Item]] = {}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if isinstance(parameters.get("case"), Case):
+            tables.setdefault((item.path, item.originalname, parameters.get("device")), []).append(item)
+    long = (table for table in tables.values() if len(table) >= 100)
+    left_out = {*itertools.chain.from_iterable(({*table} - {*table[::step]}) for table in long)}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[*left_out])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _sample(config, items)
     kept: list[pytest.Item] = []
     skipped: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
