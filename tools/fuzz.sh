@@ -24,9 +24,10 @@ main=(-DNLLX_STANDALONE)
 objects=$way
 case $way in
 address)
-    # Calls instead of inline checks, and no more of the second sanitizer than these: compiling takes a quarter of the time.
+    # Calls instead of inline checks, and no more of the second sanitizer than these: compiling takes an eighth of the time.
+    # Null and overflowing pointers, half of it, are found where they are used: by the address sanitizer. `guided` has all.
     options+=(-fsanitize=address --param asan-instrumentation-with-call-threshold=0)
-    options+=(-fsanitize=alignment,bounds,integer-divide-by-zero,null,pointer-overflow,shift,signed-integer-overflow)
+    options+=(-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow)
     options+=(-fno-sanitize-recover=all)
     ;;
 valgrind | emulated)

@@ -20,7 +20,9 @@ include=(-isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/inclu
 include+=(-isystem "$(ask 'pybind11.get_include()')" -isystem "$(ask 'sysconfig.get_path("include")')")
 defines=(-DTORCH_EXTENSION_NAME=_C "-DNLLX_TORCH_VERSION=\"$(ask 'torch.__version__')\"")
 sanitizers=(-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
+# Calls instead of inline checks: compiled in three quarters of the time.
 options=(-std=c++20 -O1 -fPIC -fopenmp -fno-omit-frame-pointer -fvisibility=hidden "${sanitizers[@]}")
+options+=(--param asan-instrumentation-with-call-threshold=0)
 options+=(-Wall -Wconversion -Werror -Wno-psabi "${defines[@]}" "${include[@]}")
 
 compile() {
