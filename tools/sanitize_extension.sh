@@ -54,4 +54,4 @@ tar -cf - --exclude='./.*' --exclude=./build --exclude=__pycache__ --exclude='*.
 cd "$tree"
 LD_PRELOAD="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-    PYTHONPATH=. python -m pytest -p no:cacheprovider "$@"
+    PYTHONPATH=. python -m pytest -p no:cacheprovider -n auto --maxprocesses 4 "$@"
