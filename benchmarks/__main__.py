@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from . import measure, report
+from .calls import DEFAULT_MODES, MODES
 from .memory import MemoryProbes
 from .peak_memory import measure_apart
-from .providers import BASELINE, DEFAULT_MODES, MODES, PROVIDERS
+from .providers import BASELINE, PROVIDERS
 from .record import Record, environment, save
 from .shapes import CASES, CUDA_CASES, Case
 from .timing import make_timer, time_in_rounds

@@ -41,7 +41,7 @@ class Traffic:
 
 
 def passes(case: Case, element_bytes: int, mode: str) -> list[Traffic]:
-    """The traffic of each pass of ``mode``, one of ``providers.MODES``."""
+    """The traffic of each pass of ``mode``, one of ``calls.MODES``."""
     logits = case.elements * element_bytes
     targets = logits if case.probabilities else case.rows * INDEX_BYTES
     weights = case.classes * element_bytes if case.weight else 0
@@ -52,6 +52,8 @@ def passes(case: Case, element_bytes: int, mode: str) -> list[Traffic]:
         case "nll_loss":  # the forward needs one element of each row, the backward none of them
             forward = Traffic(case.rows * element_bytes + targets + weights, 0)
             backward = Traffic(targets + weights, logits)
+        case "mse_loss":  # of two tensors of the logits' size; the gradient of one
+            forward, backward = Traffic(2 * logits, 0), Traffic(2 * logits, logits)
         case "log_softmax":  # the backward reads the output and its gradient
             forward, backward = Traffic(logits, logits), Traffic(2 * logits, logits)
     match mode:

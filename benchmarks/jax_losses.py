@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from .providers import Calls
+from .calls import Calls
 from .shapes import Inputs
 
 jax.config.update("jax_enable_x64", True)  # class indices are int64; floating-point arrays stay what they are
@@ -82,10 +82,15 @@ def _mean_of_indices(
     return loss / jnp.sum(row_weight)
 
 
+def mse_loss(input: jax.Array, target: jax.Array, axis: int) -> jax.Array:
+    return jnp.mean(jnp.square(_accumulated(input) - _accumulated(target)))
+
+
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "cross_entropy": cross_entropy,
     "nll_loss": nll_loss,
     "log_softmax": log_softmax,
+    "mse_loss": mse_loss,
 }
 
 

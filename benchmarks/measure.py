@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import peak_memory, providers
 from .byte_model import passes
+from .calls import DEFAULT_MODES, MODES, Calls, Function, bind
 from .memory import MemoryProbes
-from .providers import DEFAULT_MODES, Calls, Function, Provider
+from .providers import Provider
 from .record import Absence, Row
 from .shapes import Case, Inputs, make_inputs
 from .timing import Timer, paired_ratio, summary, time_in_rounds
@@ -46,10 +47,10 @@ class Reference:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.dtype = inputs.logits.dtype
         function = providers.torch_functions(inputs.logits.device)[case.op]
-        output, gradient = providers.bind(function, inputs.double()).forward_backward()
+        output, gradient = bind(function, inputs.double()).forward_backward()
         self.output, self.gradient = output.detach(), gradient
 
-    def errors(self, calls: Calls, modes: Sequence[str] = providers.MODES) -> dict[str, float]:
+    def errors(self, calls: Calls, modes: Sequence[str] = MODES) -> dict[str, float]:
         """Errors of what each mode returns that the provider has."""
         found = {}
         for mode in modes:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .providers import PROVIDERS, Calls, Provider
+from .calls import Calls
+from .providers import PROVIDERS, Provider
 from .shapes import CASES, Case, make_inputs
 from .timing import Call, ready
 

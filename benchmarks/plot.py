@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from .providers import MODES
+from .calls import MODES
 from .record import Record, load
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Op = Literal["cross_entropy", "nll_loss", "log_softmax"]
+Op = Literal["cross_entropy", "nll_loss", "log_softmax", "mse_loss"]
+OPS: tuple[Op, ...] = get_args(Op)
 
 # What segmentation data sets (PASCAL VOC, Cityscapes, ADE20K) write where a pixel has no label.
 UNLABELLED = 255
@@ -101,6 +102,9 @@ CASES: list[Case] = [
     _per_sample("ImageNet-1k", (4096, 1000)),
     _per_sample("a Llama 2 vocabulary", (512, 32000)),
     *_alone("nll_loss", "on log-probabilities; one element of a row is read"),
+    Case("mse-32x10", "mse_loss alone, a small regression's step", (32, 10), op="mse_loss"),
+    Case("mse-4096x1000", "mse_loss alone, fits the caches of few CPUs", (4096, 1000), op="mse_loss"),
+    Case("mse-16x3x1024x1024", "mse_loss alone, reconstructed images", (16, 3, 1024, 1024), op="mse_loss"),
     *_alone("log_softmax", "what a model's last layer computes where the loss is NLLLoss"),
 ]
 
@@ -191,7 +195,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
     logits = place(normal().log_softmax(1) if case.op == "nll_loss" else normal())
     options: dict[str, Any] = {}
-    if case.probabilities:
+    if case.op == "mse_loss":
+        target = place(normal())
+    elif case.probabilities:
         target = place(normal().softmax(1))
     else:
         size = (case.shape[0], *case.shape[2:])

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "capability.h"
+#include "cross_entropy.h"
 #include "large_memory.h"
 #include "reduce.h"
 

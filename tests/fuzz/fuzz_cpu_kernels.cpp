@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/capability.h"
+#include "../../csrc/cpu/cross_entropy.h"
 #include "../../csrc/cpu/kernels/kernels.h"
 #include "../../csrc/cpu/parallel.h"
 #include "../../csrc/online_softmax.h"

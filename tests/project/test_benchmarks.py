@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import calls as timed
 from benchmarks import measure, peak_memory, providers, report, timing
 from benchmarks.__main__ import Job, _jobs, main
 from benchmarks.byte_model import Speeds, Traffic, passes
+from benchmarks.calls import Calls
 from benchmarks.memory import MemoryProbes
-from benchmarks.providers import Calls, Provider
+from benchmarks.providers import Provider
 from benchmarks.record import Record, environment, load, save
 from benchmarks.shapes import CASES, CUDA_CASES, UNLABELLED, Case, Inputs, make_inputs
 from benchmarks.timing import CudaTimer, Prepared, WallTimer, paired_ratio, summary, time_in_rounds
@@ -220,15 +222,15 @@ def test_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert main([*words, "--budget", "0"]) == 0
     assert load(path)["left_out"] == ["tiny-32x10 float32: no time left", "tiny-1x1000 float32: no time left"]
     assert "left out: tiny-1x1000 float32: no time left" in capsys.readouterr().out
-    assert main([*words, "--budget", "1000", "--modes", ",".join(providers.MODES)]) == 0
+    assert main([*words, "--budget", "1000", "--modes", ",".join(timed.MODES)]) == 0
     record = load(path)
     assert record["left_out"] == []
     modes = [row["mode"] for row in record["rows"] if row["provider"] == "nllx" and row["case"] == "tiny-32x10"]
-    assert modes == list(providers.MODES)
+    assert modes == list(timed.MODES)
     last = record["rows"][-1]
     assert (last["provider"], last["mode"], list(last["ratio"])) == ("nllx", "value_and_grad", ["torch"])
     lines = report.summary_table(record).splitlines()
-    assert len(lines) == 1 + 2 * len(providers.MODES)
+    assert len(lines) == 1 + 2 * len(timed.MODES)
     assert len(list(tmp_path.iterdir())) == 1  # nothing unfinished is left
 
 
@@ -253,7 +255,7 @@ def test_reference_takes_torch_as_right(case: Case) -> None:
         assert (
             inputs.logits.is_contiguous(memory_format=torch.channels_last) == case.channels_last or case.shape[2:] == ()
         )
-        calls = providers.bind(providers.torch_functions(CPU)[case.op], inputs)
+        calls = timed.bind(providers.torch_functions(CPU)[case.op], inputs)
         assert max(measure.Reference(case, inputs).errors(calls).values()) <= measure.TOLERANCE[dtype]
         if case.ignored:
             assert (inputs.args[0] == UNLABELLED).any()
@@ -335,11 +337,11 @@ class ConstantTimer:
 
 
 def run() -> Record:
-    def missing(device: torch.device) -> dict[str, providers.Function]:
+    def missing(device: torch.device) -> dict[str, timed.Function]:
         raise ImportError("not installed here\nand more")
 
-    def forgets_the_mean(function: providers.Function, inputs: Inputs) -> Calls:
-        right = providers.bind(function, inputs)
+    def forgets_the_mean(function: timed.Function, inputs: Inputs) -> Calls:
+        right = timed.bind(function, inputs)
 
         def forward_backward() -> tuple[torch.Tensor, torch.Tensor]:
             output, gradient = right.forward_backward()
@@ -347,7 +349,7 @@ def run() -> Record:
 
         return Calls(right.forward, forward_backward)
 
-    def breaks(function: providers.Function, inputs: Inputs) -> Calls:
+    def breaks(function: timed.Function, inputs: Inputs) -> Calls:
         raise RuntimeError("no such shape")
 
     wanted = [
@@ -380,7 +382,7 @@ def run() -> Record:
 def test_measure() -> None:
     record = run()
     modes = [(row["provider"], row["mode"]) for row in record["rows"][:4]]
-    assert modes == [(name, mode) for mode in providers.DEFAULT_MODES["cpu"] for name in ("nllx", "other")]
+    assert modes == [(name, mode) for mode in timed.DEFAULT_MODES["cpu"] for name in ("nllx", "other")]
     found = [(absence["provider"], absence["kind"]) for absence in record["absences"]]
     assert found == [("wrong", "wrong"), ("broken", "failed"), ("partial", "absent")] * 2
 
