@@ -94,7 +94,7 @@ def _in_onnx(
     """By torch's operators, since ONNX has no others: as torch's function where torch's exporters keep all options, else by the
     definition (of torch 2.13, they leave label smoothing out, without a word, and stop at probabilities)."""
     if number == MEAN_OR_ZERO or any(smoothing) or target.is_floating_point():
-        return getattr(_operators, name).composite(input, target, weight, number, ignore_index, *smoothing)
+        return getattr(_operators, name).forward(input, target, weight, number, ignore_index, *smoothing)[0]
     target = target if target.dtype == torch.int64 else target.long()
     reduction = ("none", "mean", "sum")[number]
     return _TORCHS[name](input, target, weight, ignore_index=ignore_index, reduction=reduction)

@@ -25,15 +25,15 @@ class Reference:
     @staticmethod
     def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
         reduction = REDUCTIONS.index(reduction)
-        return _operators.cross_entropy.composite(input, target, weight, reduction, ignore_index, label_smoothing)
+        return _operators.cross_entropy.forward(input, target, weight, reduction, ignore_index, label_smoothing)[0]
 
     @staticmethod
     def nll_loss(input, target, weight=None, *, ignore_index=-100, reduction="mean"):
-        return _operators.nll_loss.composite(input, target, weight, REDUCTIONS.index(reduction), ignore_index)
+        return _operators.nll_loss.forward(input, target, weight, REDUCTIONS.index(reduction), ignore_index)[0]
 
     @staticmethod
     def log_softmax(input, dim, dtype=None):
-        return _operators.log_softmax.composite(input, dim, dtype)
+        return _operators.log_softmax.forward(input if dtype is None else input.to(dtype), dim)
 
 
 @dataclasses.dataclass

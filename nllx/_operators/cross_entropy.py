@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nllx._operators.losses import check_weight_gradient, coefficients, incoming, log_softmax, reduce, weighted
-from nllx._operators.operator import Operator
+from nllx._operators.operator import Operator, whole
 from nllx._operators.samples import Dims, Samples, cast, flat
 from nllx._operators.shapes import (
     MEAN,
@@ -88,28 +88,8 @@ def backward(
     return grad.to(logits.dtype)
 
 
-def composite(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = MEAN,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The loss alone."""
-    return forward(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]
-
-
-def forward_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logits, target, weight, reduction, ignore_index, label_smoothing, dtype = arguments
     probabilities = check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     loss, acc = loss_dtypes(logits, target, weight, probabilities, dtype)
     rows = row_shape(logits)
@@ -120,48 +100,24 @@ def forward_fake(
     )
 
 
-def backward_fake(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    row_stats: Tensor,
-    total_weight: Tensor,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def backward_fake(*arguments: Any) -> Tensor:
+    grad_output, logits, target, weight, row_stats, total_weight, reduction, ignore_index, label_smoothing = arguments
     check_arguments("cross_entropy", logits, target, weight, reduction, ignore_index, label_smoothing)
     check_devices("cross_entropy", logits, grad_output=grad_output, row_stats=row_stats, total_weight=total_weight)
     return torch.empty_like(logits)
 
 
-def value_and_grad_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    loss = forward_fake(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)[0]
+def value_and_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    logits, reduction = arguments[0], arguments[3]
+    loss = forward_fake(*arguments)[0]
     if reduction == NONE:
         raise ValueError("cross_entropy: reduction 'none' gives one loss per row, which has no gradient")
     return loss, torch.empty_like(logits)
 
 
-def value_and_grad_out_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    dtype: torch.dtype | None,
-    out: Tensor,
-) -> Tensor:
-    loss, grad = value_and_grad_fake(logits, target, weight, reduction, ignore_index, label_smoothing, dtype)
+def value_and_grad_out_fake(*arguments: Any) -> Tensor:
+    logits, out = arguments[0], arguments[-1]
+    loss, grad = value_and_grad_fake(*arguments[:-1])
     torch._check(
         not differ(out.shape, grad.shape) and out.dtype == grad.dtype and out.device == grad.device,
         lambda: (
@@ -255,5 +211,6 @@ OPERATORS = (
 
 def register_value_and_grad() -> None:
     """They have no derivative and, under transforms, no kernel (csrc/operators/cross_entropy.cpp)."""
-    torch.library.register_fake("nllx::cross_entropy_value_and_grad", value_and_grad_fake)
-    torch.library.register_fake("nllx::cross_entropy_value_and_grad_out", value_and_grad_out_fake)
+    for fake, suffix in ((value_and_grad_fake, ""), (value_and_grad_out_fake, "_out")):
+        name = f"cross_entropy_value_and_grad{suffix}"
+        torch.library.register_fake(f"nllx::{name}", whole(name, fake))

@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
 from nllx import _C
-from nllx._operators.operator import Operator
+from nllx._operators.operator import Operator, whole
 
 
 def _any_tangent(arguments: Sequence[Any]) -> bool:
@@ -120,13 +120,10 @@ def transformed(of: Operator, differentiate: Callable[..., None] = _C.differenti
             result = operator(*plain)
         return level.wrap_tensors(result)
 
-    defaults = [argument.default_value for argument in operator._schema.arguments]
-
     def call(*given: Any) -> Any:
-        arguments = [_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in given]
-        return transform(*arguments, *defaults[len(arguments) :])  # the dispatcher leaves them out
+        return transform(*(_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in given))
 
-    return call
+    return whole(of.name, call)
 
 
 def vector_jacobian_product(definition: Callable[..., Any]) -> Callable[..., list[Tensor]]:
@@ -153,7 +150,7 @@ def register(
 ) -> None:
     """Registers the operator without data, its definition, the operator under transforms, which see this and not the kernels,
     and the gradients that csrc/grad_level.cpp asks for."""
-    torch.library.register_fake(f"nllx::{of.name}", of.fake)
+    torch.library.register_fake(f"nllx::{of.name}", whole(of.name, of.fake))
     key, composite = "FuncTorchDynamicLayerFrontMode", "CompositeImplicitAutograd"
     library.impl(f"_{of.name}_definition", of.definition, composite)
     library.impl(of.name, transformed(of, differentiate), key)

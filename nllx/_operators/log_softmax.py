@@ -27,11 +27,6 @@ def backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
     return (g - output.to(acc).exp() * g.sum(dim, keepdim=True)).to(output.dtype)
 
 
-def composite(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Cast to `dtype`, then log_softmax."""
-    return forward(input if dtype is None else input.to(dtype), dim)
-
-
 def check(input: Tensor, dim: int) -> None:
     """Raises what the kernels raise for a dtype or a dimension that does not fit."""
     check_dtype("log_softmax", input.dtype)
@@ -45,7 +40,8 @@ def forward_fake(input: Tensor, dim: int) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def backward_fake(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+def backward_fake(*arguments: Any) -> Tensor:
+    grad_output, output, _ = arguments
     check_devices("log_softmax", output, grad_output=grad_output)
     return torch.empty_like(output)
 

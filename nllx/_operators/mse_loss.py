@@ -68,11 +68,6 @@ def backward(
     )
 
 
-def composite(input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN) -> Tensor:
-    """The loss alone."""
-    return forward(input, target, weight, reduction)[0]
-
-
 def check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *_: Any) -> None:
     """Raises what the kernels raise for shapes, dtypes, options and devices that do not fit (csrc/elementwise.cpp)."""
     check_dtype("mse_loss", input.dtype)
@@ -98,13 +93,8 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, 
         raise ValueError(f"mse_loss: {reduction} is not a valid value for reduction")
 
 
-def forward_fake(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = MEAN,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    input, target, weight, reduction, dtype = arguments
     check(input, target, weight, reduction)
     if reduction == NONE:
         loss = torch.ops.aten.mse_loss(input, target, NONE).to(dtype or input.dtype)
@@ -113,15 +103,8 @@ def forward_fake(
     return loss, input.new_empty([], dtype=_acc(input.dtype))
 
 
-def backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    total_weight: Tensor,
-    reduction: int,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:
+def backward_fake(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    grad_output, input, target, weight, total_weight, reduction, output_mask = arguments
     check(input, target, weight, reduction)
     check_devices("mse_loss", input, grad_output=grad_output, total_weight=total_weight)
     return (

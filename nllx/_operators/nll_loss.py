@@ -69,26 +69,8 @@ def backward(
     return torch.where(hit if valid is None else hit & valid, grad, torch.zeros_like(grad)).to(log_probs.dtype)
 
 
-def composite(
-    log_probs: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = MEAN,
-    ignore_index: int = -100,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The loss alone."""
-    return forward(log_probs, target, weight, reduction, ignore_index, dtype)[0]
-
-
-def forward_fake(
-    log_probs: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    log_probs, target, weight, reduction, ignore_index, dtype = arguments
     check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     loss, acc = loss_dtypes(log_probs, target, weight, False, dtype)
     return log_probs.new_empty(row_shape(log_probs) if reduction == 0 else [], dtype=loss), log_probs.new_empty(
@@ -96,15 +78,8 @@ def forward_fake(
     )
 
 
-def backward_fake(
-    grad_output: Tensor,
-    log_probs: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    total_weight: Tensor,
-    reduction: int,
-    ignore_index: int,
-) -> Tensor:
+def backward_fake(*arguments: Any) -> Tensor:
+    grad_output, log_probs, target, weight, total_weight, reduction, ignore_index = arguments
     check_arguments("nll_loss", log_probs, target, weight, reduction, ignore_index)
     check_devices("nll_loss", log_probs, grad_output=grad_output, total_weight=total_weight)
     return torch.empty_like(log_probs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Operator(NamedTuple):
     """``torch.ops.nllx.<name>``, whose kernels are in C++.
@@ -27,3 +29,10 @@ class Operator(NamedTuple):
     batched: Callable[..., Any] | None = None
     check: Callable[..., Any] | None = None
     refuse: Callable[..., Any] | None = None
+
+
+def whole(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with all arguments of the operator: the dispatcher leaves out those that are their defaults."""
+    schema = getattr(torch.ops.nllx, name).default._schema
+    defaults = [argument.default_value for argument in schema.arguments]
+    return lambda *given: function(*given, *defaults[len(given) :])
