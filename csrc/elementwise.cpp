@@ -19,8 +19,7 @@ void leave_out_checks(at::TensorIteratorConfig& config) {
   config.set_check_mem_overlap(false).check_all_same_dtype(false).check_all_same_device(false).resize_outputs(false);
 }
 
-// Without gaps and in the same order of memory: one dimension, found without the iterator, which would take as long as
-// a small problem.
+// Without gaps and in the same order of memory: one dimension, found without the iterator.
 bool have_one_order(const Tensor& a, const Tensor& b) {
   return a.strides() == b.strides() ? a.is_non_overlapping_and_dense() : a.is_contiguous() && b.is_contiguous();
 }
@@ -142,6 +141,9 @@ ElementwiseLoss make_elementwise_loss(const ElementwiseArguments& a, std::option
 
 Tensor empty_elementwise_loss(const ElementwiseLoss& loss, int64_t reduction) {
   if (static_cast<Reduction>(reduction) != Reduction::kNone) return empty_beside(loss.input, {}, loss.loss_dtype);
+  // As the iterator has it, which would take as long as a small problem.
+  if (loss.input.is_contiguous() && loss.target.is_contiguous())
+    return empty_beside(loss.input, loss.input.sizes(), loss.loss_dtype);
   const Tensor unallocated;
   at::TensorIteratorConfig config;
   leave_out_checks(config);

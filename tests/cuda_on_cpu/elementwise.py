@@ -19,7 +19,9 @@ from emulator import (
 )
 from launches import Settings
 from memory import address
+from oracle import epsilon
 from torch import Tensor
+from torch.testing import assert_close
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
@@ -146,3 +148,35 @@ class Problem:
         self._launch(f"{name}_backward", problem, self.type)
         memory.check()
         return gradients
+
+
+def check_mse_loss(kernels: Kernels, case: ElementwiseCase, settings: Settings) -> list[Tensor | None]:
+    """Compares loss, divisor and gradients with their definition in float64; returns them."""
+    problem = Problem(kernels, case, settings)
+    loss, total_weight = problem.forward("mse_loss")
+    gradients = problem.backward("mse_loss", total_weight)
+
+    x, t, g = (tensor.double() for tensor in (problem.input, problem.target, problem.grad_output))
+    w = torch.ones(case.shape, dtype=torch.float64) if problem.weight is None else problem.weight.double()
+    unit = 8 * epsilon(case.acc)  # of a term, and of sums of eight terms, which are added in double
+    terms, size, divisor = w * (x - t) ** 2, w.abs() * (x - t) ** 2, w.sum()
+    assert_close(total_weight.double(), divisor, rtol=0, atol=unit * w.abs().sum().item())
+    expected, tolerance = terms, unit * size
+    if case.reduction != "none":
+        over = total_weight.double() if case.reduction == "mean" else 1
+        expected, tolerance = terms.sum() / over, unit * (size.sum() / over).abs()
+        g = g / over
+    _check_near(loss, expected, tolerance, "loss")
+    k = 2 * g * w * (x - t)
+    for gradient, sign, wanted in zip(gradients, (1, -1), case.wanted, strict=True):
+        assert (gradient is not None) == wanted
+        if gradient is not None:
+            _check_near(gradient, sign * k, unit * k.abs(), "gradient")
+    return [loss, total_weight, *gradients]
+
+
+def _check_near(actual: Tensor, expected: Tensor, tolerance: Tensor, what: str) -> None:
+    """Within tolerance, and the rounding to the dtype of actual."""
+    least = torch.finfo(actual.dtype).smallest_normal * epsilon(actual.dtype)
+    allowed = tolerance + epsilon(actual.dtype) * expected.abs() + least
+    assert ((actual.double() - expected).abs() <= allowed).all(), f"{what} is {actual}, expected {expected}"

@@ -13,6 +13,7 @@ import torch
 from cases import Case, build
 from comparison import check, variant
 from compilation import CSRC, kernels_library
+from elementwise import ElementwiseCase, check_mse_loss
 from emulator import ASCENDING, DESCENDING, RANDOM, CudaDevice, KernelError, Kernels
 from launches import Settings, run
 
@@ -26,7 +27,7 @@ class Mutation:
     old: str
     new: str
     source: str
-    cases: Sequence[Case]
+    cases: Sequence[Case | ElementwiseCase]
     error: type[Exception] | tuple[type[Exception], ...]
     message: str = ""
     settings: Sequence[Settings] = (Settings(),)
@@ -119,13 +120,20 @@ MUTATIONS = [
     Mutation("a part that one block of a cluster is not told", "row_state.cuh",
              "if (to < blocks) *shared_of_rank", "if (to < blocks - 1) *shared_of_rank",
              LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", CLUSTERS_THAT_WALK),
+    Mutation("elements beyond the last one", "elementwise.cuh",
+             "const From* from = static_cast<const From*>(data);\n  if (kVectors && i + kSize <= e.count) {",
+             "const From* from = static_cast<const From*>(data);\n  if (kVectors && i < e.count) {",
+             "mse_loss.cu", [ElementwiseCase((1030,), torch.bfloat16)], (AssertionError, KernelError)),
 ]  # fmt: skip
 
 
 def _check(kernels: Kernels, mutation: Mutation) -> None:
-    for case in map(variant, mutation.cases):
+    for case in mutation.cases:
         for settings in mutation.settings:
-            check(case, run(kernels, build(case), settings))
+            if isinstance(case, ElementwiseCase):
+                check_mse_loss(kernels, case, settings)
+            else:
+                check(variant(case), run(kernels, build(variant(case)), settings))
 
 
 @pytest.mark.mutations

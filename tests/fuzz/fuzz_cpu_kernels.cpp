@@ -659,15 +659,133 @@ void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<CpuCapabili
   }
 }
 
+// An array as elements, in an order of the fuzzer's: (inner, classes, outer), the first one innermost, or the reverse.
+ElementStrides element_strides(const Elements& elements, const Strides& s, bool reversed) {
+  ElementStrides strides{{s.inner, s.classes, s.outer}, true};
+  if (reversed) std::swap(strides.of[0], strides.of[2]);
+  int64_t stride = 1;
+  for (int d = 0; d < elements.dims; ++d) {
+    if (elements.sizes[d] != 1 && strides.of[d] != stride) strides.adjacent = false;
+    stride *= elements.sizes[d];
+  }
+  return strides;
+}
+
+void fuzz_mse_loss(Bytes& in, const Problem& p, const std::vector<CpuCapability>& all) {
+  const Extent& e = p.extent;
+  if (p.size() == 0) return;
+  const int type = static_cast<int>(p.type);
+  const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
+  Stream random(in.word());
+  const bool reversed = in.below(4) == 0;
+  Elements elements{p.size(), 3, {e.inner, e.classes, e.outer}};
+  if (reversed) std::swap(elements.sizes[0], elements.sizes[2]);
+  const auto strides = [&](const Array& a) { return element_strides(elements, a.strides(), reversed); };
+  const auto read = [&](FloatType of) {
+    auto array = std::make_unique<Array>(of, e, strides_of(in, in.flip() ? Layout::kRows : Layout::kPlanes, e, true),
+                                         in.below(16));
+    fill(*array, p.values, random, false, of);
+    return array;
+  };
+  const FloatType of_weight = in.flip() ? acc : p.type, of_incoming = in.flip() ? acc : p.type;
+  const auto x = read(p.type), t = read(p.type), weight = read(of_weight), incoming = read(of_incoming);
+  const bool weighted = in.flip(), per_element = in.flip(), loss_is_acc = in.flip(), stream = in.flip();
+  const bool one_incoming = in.flip(), divided = in.flip();
+  const Strides written[3] = {strides_of(in, p.layout, e, false), strides_of(in, p.layout, e, false),
+                              strides_of(in, p.layout, e, false)};
+  const int64_t shift = in.below(16);
+  Array divisor(acc, {1, 1, 1}, {0, 1, 0}, 0);
+  divisor.set(0, 7);
+  Chunks chunks(elements);
+  chunks.stream = stream;
+  for (const CpuCapability& capability : all) {
+    Array loss(loss_is_acc ? acc : p.type, e, written[0], shift);
+    ElementwiseForward f;
+    f.elements = elements;
+    f.input = x->data();
+    f.input_strides = strides(*x);
+    f.target = t->data();
+    f.target_strides = strides(*t);
+    f.weight = weighted ? weight->data() : nullptr;
+    f.weight_is_acc = of_weight == acc;
+    f.weight_strides = strides(*weight);
+    f.loss = per_element ? loss.data() : nullptr;
+    f.loss_is_acc = loss_is_acc;
+    f.loss_strides = strides(loss);
+    const ChunkResult total = run(f, chunks, capability.kernels->mse_loss_forward[type]);
+    loss.check_gaps("mse_loss");
+    Array grad_input(p.type, e, written[1], shift), grad_target(p.type, e, written[2], shift);
+    ElementwiseBackward b;
+    b.elements = elements;
+    b.input = f.input;
+    b.input_strides = f.input_strides;
+    b.target = f.target;
+    b.target_strides = f.target_strides;
+    b.weight = f.weight;
+    b.weight_is_acc = f.weight_is_acc;
+    b.weight_strides = f.weight_strides;
+    b.grad_output = incoming->data();
+    b.grad_output_is_acc = of_incoming == acc;
+    b.one_grad_output = one_incoming;
+    b.grad_output_strides = strides(*incoming);
+    b.total_weight = one_incoming && divided ? divisor.data() : nullptr;
+    b.grad_input = grad_input.data();
+    b.grad_input_strides = strides(grad_input);
+    b.grad_target = grad_target.data();
+    b.grad_target_strides = strides(grad_target);
+    for_each_chunk(chunks, [&](int64_t chunk) { capability.kernels->mse_loss_backward[type](b, chunks, chunk); });
+    grad_input.check_gaps("gradient of mse_loss");
+    grad_target.check_gaps("gradient of mse_loss");
+    if (p.values != Values::kTame) continue;
+    double sum = 0, size = 0, total_weight = 0, weight_size = 0;
+    for (int64_t o = 0; o < e.outer; ++o) {
+      for (int64_t c = 0; c < e.classes; ++c) {
+        for (int64_t i = 0; i < e.inner; ++i) {
+          const double w = weighted ? weight->get(o, c, i) : 1, d = x->get(o, c, i) - t->get(o, c, i);
+          const double square = w * d * d,
+                       g = one_incoming ? incoming->get(0) / (divided ? 7 : 1) : incoming->get(o, c, i);
+          const double gradient = 2 * g * w * d, least = p.type == FloatType::kFloat16 ? 0x1p-24 : 1e-37;
+          sum += square;
+          size += std::fabs(square);
+          total_weight += w;
+          weight_size += std::fabs(w);
+          const auto tolerance = [&](double value, FloatType rounded) {
+            return (8 * epsilon_of(acc) + epsilon_of(rounded)) * std::fabs(value) + least;
+          };
+          if (per_element && std::fabs(square) < 6e4) {
+            expect(near(loss.get(o, c, i), square, tolerance(square, loss_is_acc ? acc : p.type)), p,
+                   capability.name.c_str(), "mse_loss of an element", loss.get(o, c, i), square);
+          }
+          if (std::fabs(gradient) > 6e4) continue;
+          expect(near(grad_input.get(o, c, i), gradient, tolerance(gradient, p.type)), p, capability.name.c_str(),
+                 "gradient of mse_loss", grad_input.get(o, c, i), gradient);
+          expect(grad_target.get(o, c, i) == -grad_input.get(o, c, i), p, capability.name.c_str(),
+                 "gradient of the target", grad_target.get(o, c, i), -gradient);
+        }
+      }
+    }
+    const double ulps = acc == FloatType::kFloat64 ? 64 : 8;
+    if (!per_element) {
+      expect(near(total.loss, sum, ulps * epsilon_of(acc) * size), p, capability.name.c_str(), "sum of mse_loss",
+             total.loss, sum);
+    }
+    expect(near(total.weight, total_weight, 64 * 0x1p-52 * weight_size), p, capability.name.c_str(), "sum of weights",
+           total.weight, total_weight);
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<CpuCapability> all = runnable_cpu_capabilities();
   Bytes in(data, size);
   const Problem p = decode(in);
-  switch (in.below(4)) {
+  switch (in.below(5)) {
     case 0:
       fuzz_nll_loss(in, p, all);
+      break;
+    case 2:
+      fuzz_mse_loss(in, p, all);
       break;
     case 1:
       fuzz_log_softmax(in, p, all);
@@ -689,7 +807,7 @@ int main(int argc, char** argv) {
   for (;; ++runs) {
     if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) break;
     Stream random(seed * 1000003 + runs);
-    uint8_t bytes[96];
+    uint8_t bytes[128];
     for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.next() >> 32);
     this_run = runs;
     this_seed = seed;

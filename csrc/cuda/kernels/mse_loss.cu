@@ -12,11 +12,15 @@ static_assert(kElementsPerChunk % ElementwiseStep<float, true>::kElements == 0);
 static_assert(kElementsPerChunk % ElementwiseStep<double, true>::kElements == 0);
 static_assert(kElementsPerChunk % ElementwiseStep<float, false>::kElements == 0);
 
-int64_t elements_per_chunk(int64_t count) {
+constexpr int64_t elements_per_chunk(int64_t count) {
   const int64_t groups = (count + kElementsPerChunk - 1) / kElementsPerChunk;
   return kElementsPerChunk * ((groups + kMostChunks - 1) / kMostChunks);
 }
-int64_t chunks(int64_t count) { return (count + elements_per_chunk(count) - 1) / elements_per_chunk(count); }
+constexpr int64_t chunks(int64_t count) { return (count + elements_per_chunk(count) - 1) / elements_per_chunk(count); }
+// More elements than a 32-bit index names.
+constexpr int64_t kMany = (int64_t{1} << 40) + 1;
+static_assert(chunks(kMany) <= kMostChunks && chunks(kMany) * elements_per_chunk(kMany) >= kMany);
+static_assert((chunks(kMany) - 1) * elements_per_chunk(kMany) < kMany);
 
 bool in_vectors(const void* data, const ElementStrides& strides) {
   return !data || (strides.adjacent && reinterpret_cast<uintptr_t>(data) % 16 == 0);
