@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import operator
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +13,20 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from nllx import _C, _operators
+from nllx._arguments import (
+    LARGEST,
+    NAN,
+    SMALLEST,
+    as_dtype,
+    check_tensors,
+    integer,
+    is_nested,
+    legacy_reduction,
+    mean_or_zero,
+    real,
+    refuse_nested,
+    stacklevel_of_caller,
+)
 from nllx._operators.losses import in_onnx_export
 from nllx._operators.shapes import MEAN_OR_ZERO
 
@@ -29,57 +39,6 @@ _cross_entropy_value_and_grad_out = torch.ops.nllx.cross_entropy_value_and_grad_
 _nll_loss = torch.ops.nllx.nll_loss.default
 _log_softmax = torch.ops.nllx.log_softmax.default
 _mse_loss = torch.ops.nllx.mse_loss.default
-
-
-_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
-_NAN = math.nan
-
-
-def _check_tensors(op: str, **tensors: Any) -> None:
-    """Raises torch's TypeError for arguments that are no tensors; torch.ops would raise RuntimeError."""
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) and (name != "weight" or value is not None):
-            raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which torch.jit.script takes; others as they are."""
-    of_numpy: Any = value if type(value).__module__ == "numpy" and isinstance(value, numbers.Number) else None
-    return value if of_numpy is None else of_numpy.item()
-
-
-def _is_traced_number(value: Any) -> bool:
-    """Whether it is a number of NumPy as a compiler has it: an array of no dimension."""
-    return torch.compiler.is_compiling() and type(value).__name__ == "ndarray" and value.ndim == 0
-
-
-def _integer(op: str, name: str, value: Any) -> int:
-    """As torch takes an int: anything with ``__index__`` (NumPy's integers too) but a bool, in 64 bits."""
-    if _is_traced_number(value):
-        traced = torch.as_tensor(value)
-        if not traced.is_floating_point() and traced.dtype != torch.bool:
-            return traced.item()  # type: ignore[return-value]
-    try:
-        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}") from None
-    # Of NumPy's and torch's numbers a compiler may know no value; they have no more bits.
-    if (isinstance(value, int) or not torch.compiler.is_compiling()) and not _SMALLEST <= number <= _LARGEST:
-        raise ValueError(f"{op}(): argument '{name}' is {number}. Overflow when unpacking long long")
-    return number
-
-
-def _real(op: str, name: str, value: Any) -> float:
-    """As torch takes a float: a real number (NumPy's too), or a tensor of no dimension that needs no gradient."""
-    if _is_traced_number(value):
-        value = value.item()
-    if not isinstance(value, numbers.Real) and not (
-        isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not value.is_complex()
-    ):
-        raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
-    return float(value)
 
 
 # torch's own, for what knows only those. importlib.reload keeps them: nllx.patch may have put others in their place.
@@ -118,20 +77,6 @@ def _handle(
             raise (error if str(again).startswith("no implementation found for") else again) from None
 
 
-def _is_nested(input: Any) -> bool:
-    """Without asking classes of tensors and modes, which see attributes too and may refuse."""
-    with torch._C.DisableTorchFunction():
-        return isinstance(input, Tensor) and input.is_nested
-
-
-def _refuse_nested(op: str, input: Any) -> None:
-    """torch's losses take no nested tensors either, with errors from deep inside."""
-    if _is_nested(input):
-        raise NotImplementedError(
-            f"{op}: nested tensors have no rows of classes; give those of their parts: {op}(input.values(), target.values())"
-        )
-
-
 def _nested_log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     """Of the parts of a nested tensor, side by side."""
     ragged = input._ragged_idx  # type: ignore[attr-defined]
@@ -145,45 +90,6 @@ def _nested_log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None) -> T
     return torch.nested.nested_tensor_from_jagged(values, input.offsets(), jagged_dim=ragged)  # type: ignore[attr-defined]
 
 
-def _mean_or_zero(op: str, number: int, zero_division: Any) -> int:
-    """The operators' number of a reduction, from ATen's and what the mean over nothing is to be."""
-    if _is_traced_number(zero_division):
-        zero_division = zero_division.item()
-    if zero_division != 0:
-        if zero_division == zero_division or not isinstance(zero_division, numbers.Real):
-            raise ValueError(f"{op}: zero_division must be nan or 0, but got {zero_division!r}")
-        return number
-    return 3 if number == 1 else number
-
-
-# The types of Python that torch takes for a dtype.
-_PYTHON_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool, complex: torch.complex128}
-
-
-def _dtype(op: str, value: Any) -> torch.dtype:
-    if isinstance(value, torch.dtype):
-        return value
-    if isinstance(value, type) and value in _PYTHON_DTYPES:
-        return _PYTHON_DTYPES[value]
-    raise TypeError(f"{op}(): argument 'dtype' must be torch.dtype, not {type(value).__name__}")
-
-
-def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    if torch.compiler.is_compiling():  # torch.compile traces neither the warning nor torch's function
-        return "none" if reduce is False else "sum" if size_average is False else "mean"
-    return _Reduction.legacy_get_string(size_average, reduce)
-
-
-def _stacklevel_of_caller() -> int:
-    """For a warning at the line that called nllx, by whatever way."""
-    level = 2
-    if not torch.compiler.is_compiling():
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").startswith("nllx."):
-            frame, level = frame.f_back, level + 1
-    return level
-
-
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -195,7 +101,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     inplace_backward: bool = False,
-    zero_division: float = _NAN,
+    zero_division: float = NAN,
 ) -> Tensor:
     r"""Cross entropy between logits and targets, like :func:`torch.nn.functional.cross_entropy`, in one pass over the logits.
 
@@ -258,7 +164,7 @@ def cross_entropy(
         in one pass as in Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
     if has_torch_function_variadic(input, target, weight):
-        _refuse_nested("cross_entropy", input)
+        refuse_nested("cross_entropy", input)
         return _handle(
             cross_entropy,
             (input, target, weight),
@@ -273,14 +179,14 @@ def cross_entropy(
             own={"inplace_backward": inplace_backward, "zero_division": zero_division},
         )
     if size_average is not None or reduce is not None:
-        reduction = _legacy_reduction(size_average, reduce)
-    if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
-        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+        reduction = legacy_reduction(size_average, reduce)
+    if type(ignore_index) is not int or not SMALLEST <= ignore_index <= LARGEST:
+        ignore_index = integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
-        label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
+        label_smoothing = real("cross_entropy", "label_smoothing", label_smoothing)
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
-    if zero_division is not _NAN:
-        number = _mean_or_zero("cross_entropy", number, zero_division)
+    if zero_division is not NAN:
+        number = mean_or_zero("cross_entropy", number, zero_division)
     if not torch.compiler.is_compiling():
         loss = _C.cross_entropy(
             input, target, weight, number, ignore_index, label_smoothing, None, bool(inplace_backward)
@@ -288,7 +194,7 @@ def cross_entropy(
         if loss is not NotImplemented:
             return loss
     # What traces sees operators alone.
-    _check_tensors("cross_entropy", input=input, target=target, weight=weight)
+    check_tensors("cross_entropy", input=input, target=target, weight=weight)
     if in_onnx_export():
         return _in_onnx("cross_entropy", input, target, weight, number, ignore_index, label_smoothing)
     # Not in place: a compiler's backends differ in what they let the operator see.
@@ -304,7 +210,7 @@ def cross_entropy_value_and_grad(
     label_smoothing: float = 0.0,
     out: Tensor | None = None,
     *,
-    zero_division: float = _NAN,
+    zero_division: float = NAN,
 ) -> tuple[Tensor, Tensor]:
     r"""Loss and gradient of the logits at once, without a graph: the logits are read from memory once, the gradient written.
 
@@ -345,14 +251,14 @@ def cross_entropy_value_and_grad(
             out=out,
             zero_division=zero_division,
         )
-    _check_tensors("cross_entropy", input=logits, target=target, weight=weight)
-    if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
-        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+    check_tensors("cross_entropy", input=logits, target=target, weight=weight)
+    if type(ignore_index) is not int or not SMALLEST <= ignore_index <= LARGEST:
+        ignore_index = integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
-        label_smoothing = _real("cross_entropy", "label_smoothing", label_smoothing)
+        label_smoothing = real("cross_entropy", "label_smoothing", label_smoothing)
     number = _Reduction.get_enum(reduction)
-    if zero_division is not _NAN:
-        number = _mean_or_zero("cross_entropy", number, zero_division)
+    if zero_division is not NAN:
+        number = mean_or_zero("cross_entropy", number, zero_division)
     if out is None:
         return _cross_entropy_value_and_grad(logits, target, weight, number, ignore_index, label_smoothing)
     if not isinstance(out, Tensor):
@@ -370,7 +276,7 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     *,
-    zero_division: float = _NAN,
+    zero_division: float = NAN,
 ) -> Tensor:
     r"""Negative log likelihood of class indices, like :func:`torch.nn.functional.nll_loss`: :math:`-w_y l_y` for each row.
 
@@ -396,7 +302,7 @@ def nll_loss(
         The forward reads one number of each row; the backward writes the gradient, of the size of ``input``, in one pass.
     """
     if has_torch_function_variadic(input, target, weight):
-        _refuse_nested("nll_loss", input)
+        refuse_nested("nll_loss", input)
         return _handle(
             nll_loss,
             (input, target, weight),
@@ -410,17 +316,17 @@ def nll_loss(
             own={"zero_division": zero_division},
         )
     if size_average is not None or reduce is not None:
-        reduction = _legacy_reduction(size_average, reduce)
-    if type(ignore_index) is not int or not _SMALLEST <= ignore_index <= _LARGEST:
-        ignore_index = _integer("nll_loss", "ignore_index", ignore_index)
+        reduction = legacy_reduction(size_average, reduce)
+    if type(ignore_index) is not int or not SMALLEST <= ignore_index <= LARGEST:
+        ignore_index = integer("nll_loss", "ignore_index", ignore_index)
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
-    if zero_division is not _NAN:
-        number = _mean_or_zero("nll_loss", number, zero_division)
+    if zero_division is not NAN:
+        number = mean_or_zero("nll_loss", number, zero_division)
     if not torch.compiler.is_compiling():
         loss = _C.nll_loss(input, target, weight, number, ignore_index, None)
         if loss is not NotImplemented:
             return loss
-    _check_tensors("nll_loss", input=input, target=target, weight=weight)
+    check_tensors("nll_loss", input=input, target=target, weight=weight)
     if in_onnx_export():
         return _in_onnx("nll_loss", input, target, weight, number, ignore_index)
     return _nll_loss(input, target, weight, number, ignore_index)
@@ -454,20 +360,20 @@ def log_softmax(
         :math:`2 L` and writes :math:`L`.
     """
     if has_torch_function_unary(input):
-        if _is_nested(input) and dim is not None:
+        if is_nested(input) and dim is not None:
             return _nested_log_softmax(input, dim, dtype)
         return _handle(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     if not isinstance(input, Tensor):
-        _check_tensors("log_softmax", input=input)
+        check_tensors("log_softmax", input=input)
     if dim is None:
         if torch.compiler.is_compiling():  # where a warning would break the graph
             dim = 0 if input.dim() in (0, 1, 3) else 1
         else:
             dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    if type(dim) is not int or not _SMALLEST <= dim <= _LARGEST:
-        dim = _integer("log_softmax", "dim", dim)
+    if type(dim) is not int or not SMALLEST <= dim <= LARGEST:
+        dim = integer("log_softmax", "dim", dim)
     if dtype is not None:
-        dtype = _dtype("log_softmax", dtype)
+        dtype = as_dtype("log_softmax", dtype)
     if dtype is None and not torch.compiler.is_compiling():
         result = _C.log_softmax(input, dim, None)
         if result is not NotImplemented:
@@ -525,11 +431,11 @@ def mse_loss(
             reduction=reduction,
             weight=weight,
         )
-    _check_tensors("mse_loss", input=input, target=target, weight=weight)
+    check_tensors("mse_loss", input=input, target=target, weight=weight)
     if in_onnx_export() or input.is_nested or target.is_nested:
         return _TORCHS["mse_loss"](input, target, size_average, reduce, reduction, weight)
     if size_average is not None or reduce is not None:
-        reduction = _legacy_reduction(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
     scale = 1.0
     if target.shape != input.shape:
@@ -537,7 +443,7 @@ def mse_loss(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=_stacklevel_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
     if weight is not None and weight.shape != input.shape:
         raise ValueError(

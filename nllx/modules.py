@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nllx import functional as F
+from nllx._arguments import mean_or_zero, plain
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "MSELoss", "NLLLoss"]
 
@@ -67,10 +68,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         inplace_backward: bool = False,
         zero_division: float = math.nan,
     ) -> None:
-        super().__init__(weight, size_average, F._plain(ignore_index), reduce, reduction, F._plain(label_smoothing))
-        F._mean_or_zero("CrossEntropyLoss", 1, zero_division)
+        super().__init__(weight, size_average, plain(ignore_index), reduce, reduction, plain(label_smoothing))
+        mean_or_zero("CrossEntropyLoss", 1, zero_division)
         self.inplace_backward = inplace_backward
-        self.zero_division = F._plain(zero_division)
+        self.zero_division = plain(zero_division)
 
     def extra_repr(self) -> str:
         return _options(self)
@@ -115,9 +116,9 @@ class NLLLoss(torch.nn.NLLLoss):
         *,
         zero_division: float = math.nan,
     ) -> None:
-        super().__init__(weight, size_average, F._plain(ignore_index), reduce, reduction)
-        F._mean_or_zero("NLLLoss", 1, zero_division)
-        self.zero_division = F._plain(zero_division)
+        super().__init__(weight, size_average, plain(ignore_index), reduce, reduction)
+        mean_or_zero("NLLLoss", 1, zero_division)
+        self.zero_division = plain(zero_division)
 
     def extra_repr(self) -> str:
         return _options(self)
