@@ -21,7 +21,7 @@ import torch._inductor
 import torch.fx.experimental.proxy_tensor
 import torch.overrides
 import torch.utils._python_dispatch
-from cases import Case, Problem, build
+from cases import ELEMENTWISE, Case, Problem, build
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -678,10 +678,11 @@ def _(s: Subject) -> Any:
         return []
     batch = torch.export.Dim("batch", min=2, max=64)
     rows = {0: batch} if s.case.op == "log_softmax" or s.target is not None else None
-    shapes = (rows, None if s.target is None else rows, None)
+    of_elements = s.case.op in ELEMENTWISE
+    shapes = (rows, None if s.target is None else rows, rows if of_elements else None)
     tensors = s.stacked(None, None, None)
     program = torch.export.export(_Net(s), tensors, dynamic_shapes=shapes)
-    more = [t if i == 2 or t is None else torch.cat([t, t]) for i, t in enumerate(tensors)]
+    more = [t if (i == 2 and not of_elements) or t is None else torch.cat([t, t]) for i, t in enumerate(tensors)]
     return program.module()(*tensors), program.run_decompositions().module()(*more)
 
 
