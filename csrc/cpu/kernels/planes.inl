@@ -70,7 +70,7 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     Vec<acc> d[K], e[K + 1] = {moved};
 #pragma GCC unroll 4
     for (int u = 0; u < K; ++u) d[u] = e[u + 1] = v[u] - max;
-    exp_vecs<K + 1>(e);
+    exp_terms<K + 1, acc>(e);
     Vec<acc> sum = load(s.sum + i) * e[0];
     Vec<acc> dot{}, mass{};
     if constexpr (kTerms != Terms::kNone) dot = load(s.dot + i);

@@ -693,7 +693,7 @@ alignas(64) constexpr float kFractions[32] = {
 alignas(32) constexpr uint32_t kFractions[8] = {0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u,
                                                 0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u};
 #endif
-template <int K>
+template <int K, bool kLowPart = true>
 NLLX_INLINE void exp_vecs(Vec<float>* x) {
   const float log2_e = 1.44269504f;
   Vec<float> n[K], f[K], p[K], power[K];
@@ -714,7 +714,8 @@ NLLX_INLINE void exp_vecs(Vec<float>* x) {
   NLLX_EACH n[u] = power[u] - round;
 #if NLLX_VECTOR_BYTES > 16
   // The product must not be rounded before n is taken from it, and what float leaves of log2 e counts.
-  NLLX_EACH f[u] = x[u] * 1.92596299e-8f + fused_minus(x[u], broadcast(log2_e), n[u]);
+  NLLX_EACH f[u] = fused_minus(x[u], broadcast(log2_e), n[u]);
+  if constexpr (kLowPart) NLLX_EACH f[u] += x[u] * 1.92596299e-8f;
 #else
   // No fused multiply-add: ln 2 in two parts, n times the first of which is exact.
   NLLX_EACH f[u] = (x[u] - n[u] * 0.693359375f) * log2_e + n[u] * 3.0613187e-4f;
@@ -774,10 +775,20 @@ NLLX_INLINE Vec<double> exp_vec(Vec<double> x) {
   return select(flushed, Vec<double>{}, p * power);
 }
 
-template <int K>
+template <int K, bool kLowPart = true>
 NLLX_INLINE void exp_vecs(Vec<double>* x) {
 #pragma GCC unroll 8
   for (int u = 0; u < K; ++u) x[u] = exp_vec(x[u]);
+}
+
+// Of terms of a sum of exponentials, the largest of which is 1, among other arithmetic. What float leaves of log2 e is
+// left out: it counts in terms that are small, and by as little as they do. Two at once, as more do not stay in
+// registers.
+template <int K, typename acc>
+NLLX_INLINE void exp_terms(Vec<acc>* x) {
+  if constexpr (K % 2 != 0) exp_vecs<1, false>(x);
+#pragma GCC unroll 4
+  for (int u = K % 2; u < K; u += 2) exp_vecs<2, false>(x + u);
 }
 
 // log(x) for x ≥ 1, the sums of exponentials; zero gives -inf, NaN and inf themselves. x = 2^n m with m in [√½, √2),
