@@ -437,7 +437,6 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
-    scale = 1.0
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -445,23 +444,31 @@ def mse_loss(
             "Please ensure they have the same size.",
             stacklevel=stacklevel_of_caller(),
         )
-    if weight is not None and weight.shape != input.shape:
-        raise ValueError(
-            f"mse_loss: Weights and input must have the same size, but got {weight.size()} and {input.size()}"
-        )
+    if weight is not None:
+        if weight.shape != input.shape:
+            raise ValueError(
+                f"mse_loss: Weights and input must have the same size, but got {weight.size()} and {input.size()}"
+            )
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"mse_loss: {reduction} is not a valid value for reduction beside weights")
+        if target.shape != input.shape:
+            return _broadcast_weighted_mse_loss(input, target, weight, reduction)
     if target.shape != input.shape:
-        elements = input.numel()
         input, target = torch.broadcast_tensors(input, target)
-        if weight is not None:
-            weight = weight.expand(input.shape)
-            if number == 1 and elements:  # torch divides by the sum of the weights that it was given
-                scale = input.numel() / elements
-    loss: Any = NotImplemented
     if not torch.compiler.is_compiling():
         loss = _C.mse_loss(input, target, weight, number, None)
-    if loss is NotImplemented:
-        loss = _mse_loss(input, target, weight, number)
-    return loss if scale == 1 else loss * scale
+        if loss is not NotImplemented:
+            return loss
+    return _mse_loss(input, target, weight, number)
+
+
+def _broadcast_weighted_mse_loss(input: Tensor, target: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    """torch's formula, of shapes that torch itself warns of: its dtypes depend on which of the tensors are numbers, and its
+    mean divides by the sum of the weights as they were given."""
+    losses = (input - target).square() * weight
+    if reduction == "none":
+        return losses
+    return losses.sum() / weight.sum() if reduction == "mean" else losses.sum()
 
 
 def _prepare_scriptable(function: Any) -> None:

@@ -203,7 +203,10 @@ def _mse_loss(
     arguments = (input, target, size_average, reduce, reduction, weight)
     reason = _why_torch(input, None, target, weight)
     if isinstance(input, Tensor) and isinstance(target, Tensor) and reason in (None, f"dtype {input.dtype}"):
-        reason = _why_torch(input, torch.result_type(input, target), target, weight)
+        # A compiler takes torch.result_type for a result that is no tensor.
+        promote = torch.promote_types if torch.compiler.is_compiling() else None
+        dtype = promote(input.dtype, target.dtype) if promote else torch.result_type(input, target)
+        reason = _why_torch(input, dtype, target, weight)
     return _run("mse_loss", reason, (input, target, weight), arguments)
 
 

@@ -133,6 +133,9 @@ struct Derivative {
     for (size_t i = 0; i < kOptions; ++i) {
       if (kBackward.arguments[Backward::kTensors + i] != kForward.arguments[Forward::kTensors + i]) return false;
     }
+    for (size_t i = 0; kOutputs > 1 && i < kOutputs; ++i) {
+      if (kBackward.arguments[i].substr(5) != kForward.results[i]) return false;
+    }
     return kForward.argument_count == Forward::kArguments && kBackward.argument_count == Backward::kArguments;
   }
   static_assert(is_consistent(), "every saved tensor, input and option of the backward has the forward's name");
@@ -154,6 +157,15 @@ struct Derivative {
     using Type = std::tuple<std::decay_t<std::tuple_element_t<Backward::kTensors + I, BackwardArguments>>...>;
   };
   using Options = typename OptionTypes<std::make_index_sequence<kOptions>>::Type;
+
+  template <typename Indices>
+  struct ForwardOptionTypes;
+  template <size_t... I>
+  struct ForwardOptionTypes<std::index_sequence<I...>> {
+    using Type = std::tuple<std::decay_t<std::tuple_element_t<Forward::kTensors + I, typename Forward::Arguments>>...>;
+  };
+  static_assert(std::is_same_v<Options, typename ForwardOptionTypes<std::make_index_sequence<kOptions>>::Type>,
+                "an option of the backward has the forward's type");
   using Grads = std::array<at::Tensor, kOutputs>;
   using Saved = std::array<at::Tensor, kSaved>;
 };

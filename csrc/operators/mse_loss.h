@@ -29,6 +29,9 @@ struct MseLoss {
     const at::ScalarType loss = promoted(input, target, weight);
     at::ScalarType type = at::result_type(input, target);
     if (loss == at::kDouble && at::isFloatingType(type)) type = loss;
+    // Integers are not rounded to half precision where autocast asks for float32.
+    const bool has_integers = !at::isFloatingType(input.scalar_type()) || !at::isFloatingType(target.scalar_type());
+    if (has_integers && dtype.has_value() && (type == at::kHalf || type == at::kBFloat16)) type = *dtype;
     OptionalTensor w;
     if (tensor_of(weight).defined()) {
       const bool is_taken = weight->scalar_type() == type || at::isComplexType(weight->scalar_type());

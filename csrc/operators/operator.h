@@ -32,7 +32,17 @@ struct Function<R(A...)> {
   using Result = R;
   using Arguments = std::tuple<A...>;
   static constexpr size_t kArguments = sizeof...(A);
-  static constexpr size_t kTensors = (size_t{kIsTensor<A>} + ... + 0);  // which come first
+  static constexpr size_t kTensors = (size_t{kIsTensor<A>} + ... + 0);
+
+ private:
+  static constexpr bool tensors_come_first() {
+    constexpr bool is_tensor[] = {kIsTensor<A>..., false};
+    for (size_t i = 0; i < kTensors; ++i) {
+      if (!is_tensor[i]) return false;
+    }
+    return true;
+  }
+  static_assert(tensors_come_first(), "the options of an operator come after its tensors");
 };
 
 // The tensor of an argument; an undefined one for none.

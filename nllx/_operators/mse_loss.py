@@ -60,8 +60,8 @@ def backward(
     k = grad_output.to(acc)
     if reduction == MEAN:
         k = k / _divisor(input, weight)
-    grad = 2 * k * (input.to(acc) - target.to(acc))
-    grad = grad if weight is None else grad * weight.to(acc)
+    k = 2 * k if weight is None else 2 * k * weight.to(acc)
+    grad = k * (input.to(acc) - target.to(acc))
     return (
         grad.to(input.dtype) if output_mask[0] else None,
         (-grad).to(target.dtype) if output_mask[1] else None,

@@ -220,6 +220,58 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], dtype: torc
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)], ids=str)
+def test_integers_are_not_rounded_under_autocast(half: torch.dtype, places: tuple[int, int]) -> None:
+    """torch's loss promotes to float32 there, in which these integers are what they are."""
+    pair = [torch.tensor([256.0, 1.0, 3.0]).to(half), torch.tensor([257, 7001, 4099])]
+    tensors = [pair[i] for i in places]
+    results = []
+    for function in (nllx.functional.mse_loss, F.mse_loss):
+        leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = function(*leaves, reduction="sum")
+            mapped = torch.vmap(functools.partial(function, reduction="none"))(*tensors)
+        results.append([loss, mapped, torch.autograd.grad(loss, leaves[places.index(0)])[0]])
+    assert_close(*results)
+
+
+def test_factors_do_not_underflow_or_overflow() -> None:
+    """The weight multiplies the incoming gradient, and that the difference, as in torch's formula."""
+    for x, w, g in ((3e-18, 1e-26, 1.0), (1e10, 1e30, 1e-30), (1e-30, 1e30, 1.0)):
+        for device in ("cpu",):
+            values = torch.tensor([x, x / 3], device=device), torch.full((2,), w, device=device)
+            found = []
+            for function in (nllx.functional.mse_loss, F.mse_loss):
+                leaf = values[0].clone().requires_grad_()
+                reduction = "mean" if g == 1 else "sum"
+                loss = function(leaf, torch.zeros_like(leaf), weight=values[1], reduction=reduction)
+                found.append(torch.autograd.grad(loss, leaf, torch.tensor(g))[0])
+            assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("reduction", _REDUCTIONS)
+@pytest.mark.parametrize("target", [(3,), (0, 3), (2, 3), (4, 1, 3)], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
+def test_weights_beside_shapes_that_torch_warns_of(
+    target: tuple[int, ...], reduction: str, weight_dtype: torch.dtype
+) -> None:
+    for shape in ((), (1,), (1, 1), (1, 3)):
+        tensors = [_numbers(*shape), _numbers(*target, seed=1), _numbers(*shape, seed=2, dtype=weight_dtype).abs() + 1]
+        if shape != target:
+            actual = _differentiated(nllx.functional.mse_loss, tensors, reduction=reduction)
+            assert_close(actual, _differentiated(F.mse_loss, tensors, reduction=reduction))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", [nllx.functional.mse_loss, F.mse_loss])
+def test_a_reduction_of_old_beside_weights(function: Callable[..., Tensor]) -> None:
+    x = _numbers(3)
+    with pytest.raises(ValueError, match="reduction"):
+        function(x, x, reduction="elementwise_mean", weight=x)
+
+
 _ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no tensor": (lambda: nllx.functional.mse_loss([1.0], _numbers(1)), TypeError, "argument 'input' must be Tensor"),
     "shapes": (lambda: nllx.functional.mse_loss(_numbers(3), _numbers(4)), RuntimeError, "must match"),

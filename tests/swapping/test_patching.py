@@ -764,3 +764,17 @@ def test_nothing_to_convert(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "nllx.revert: Linear holds no loss of nllx\n"
     nllx.convert(torch.nn.Linear(2, 2), verbose=False)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "log_softmax", "mse_loss"])
+def test_compiled_after_something_else_was(name: str) -> None:
+    """Dynamo then traces into the replacements, where a patched process that compiles for the first time takes them whole."""
+    torch.compiler.reset()
+    torch.compile(lambda x: x + 1, backend="eager")(_x)
+    target = {"cross_entropy": (_t,), "nll_loss": (_t,), "log_softmax": (1,), "mse_loss": (_x.flip(0),)}[name]
+    expected = getattr(F, name)(_x, *target)
+    with nllx.patched():
+        compiled = torch.compile(lambda x: getattr(F, name)(x, *target), backend="eager", fullgraph=True)
+        assert_close(compiled(_x), expected)
+        promoted = torch.compile(lambda x, y: F.mse_loss(x, y), backend="eager", fullgraph=True)
+        assert_close(promoted(_x, _x.flip(0).double()), _TORCH["mse_loss"](_x, _x.flip(0).double()))

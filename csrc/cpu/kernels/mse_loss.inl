@@ -82,9 +82,11 @@ NLLX_APART void write_gradient(const Elements& e, void* grad, const ElementStrid
                    for (int u = 0; u < decltype(count)::value; ++u) {
                      const int64_t i = first + u * L;
                      const int lanes = lanes_of<acc>(count, u, k);
-                     v[u] = load_some(x + i, lanes, acc(0)) - load_some(t + i, lanes, acc(0));
-                     if constexpr (kWeighted) v[u] *= load_some(w + i, lanes, acc(0));
-                     v[u] *= kOneGradOutput ? broadcast(scale) : scale * load_some(g + i, lanes, acc(0));
+                     Vec<acc> factor = broadcast(scale);
+                     if constexpr (!kOneGradOutput) factor *= load_some(g + i, lanes, acc(0));
+                     // Before the difference, as torch has it: a small one by a small weight could underflow.
+                     if constexpr (kWeighted) factor *= load_some(w + i, lanes, acc(0));
+                     v[u] = (load_some(x + i, lanes, acc(0)) - load_some(t + i, lanes, acc(0))) * factor;
                    }
                  });
 }

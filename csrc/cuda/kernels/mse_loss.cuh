@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(256, resident<T>(3, 4, 4)) mse_loss_backward_k
         load_elements<T, kVectors>(e, p.grad_output, p.grad_output_is_acc, p.grad_output_strides, i, g);
 #pragma unroll
       for (int j = 0; j < Step::kSize; ++j) {
-        acc v = x[u][j] - t[u][j];
-        if (p.weight) v *= w[j];
-        x[u][j] = v * (p.one_grad_output ? scale : scale * g[j]);
+        acc factor = p.one_grad_output ? scale : scale * g[j];
+        // Before the difference, as torch has it: a small one by a small weight could underflow.
+        if (p.weight) factor *= w[j];
+        x[u][j] = (x[u][j] - t[u][j]) * factor;
         t[u][j] = -x[u][j];
       }
       if (p.grad_input) store_elements<T, kVectors>(e, p.grad_input, p.grad_input_strides, i, x[u]);
