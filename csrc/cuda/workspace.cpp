@@ -1,16 +1,14 @@
 #include "workspace.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <atomic>
-#include <map>
-#include <mutex>
-#include <utility>
 #include <vector>
+
+#include "kernels/counters.h"
 
 namespace nllx {
 
@@ -32,21 +30,15 @@ CudaDevice current_cuda_device() {
 }
 
 unsigned* zero_counters(const at::TensorOptions& options, cudaStream_t stream, at::Tensor& owner) {
-  const auto allocate = [&] { return at::zeros({kCounters}, options.dtype(at::kInt)); };
   // cudaStreamPerThread is one handle for a stream of each thread, whose launches run at once.
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None ||
       stream == cudaStreamPerThread) {
-    owner = allocate();
-  } else {
-    static std::mutex mutex;
-    // Never destroyed: at the end of the process the allocator may be gone before.
-    static auto* counters = new std::map<std::pair<int, cudaStream_t>, at::Tensor>();
-    const std::lock_guard<std::mutex> lock(mutex);
-    at::Tensor& of_stream = (*counters)[{c10::cuda::current_device(), stream}];
-    if (!of_stream.defined()) of_stream = allocate();
-    owner = of_stream;
+    owner = at::zeros({kCounters}, options.dtype(at::kInt));
+    return reinterpret_cast<unsigned*>(owner.mutable_data_ptr<int>());
   }
-  return reinterpret_cast<unsigned*>(owner.mutable_data_ptr<int>());
+  unsigned* counters = nullptr;
+  C10_CUDA_CHECK(counters_of_stream(c10::cuda::current_device(), stream, &counters));
+  return counters;
 }
 
 }  // namespace nllx

@@ -10,9 +10,9 @@ namespace nllx {
 
 CudaDevice current_cuda_device();
 
-// kCounters zeros for launches on `stream`. Outside of a stream capture they are the stream's own: its launches run one
-// after the other, and each leaves zeros behind. A captured launch, which may be replayed on any stream, has its own,
-// which the capture sets to zero. `owner` keeps them alive.
+// kCounters zeros for launches on `stream`. Outside of a stream capture they are the stream's own (kernels/counters.h).
+// A captured launch, which may be replayed on any stream, has its own, which the capture sets to zero; `owner` keeps
+// those alive.
 unsigned* zero_counters(const at::TensorOptions& options, cudaStream_t stream, at::Tensor& owner);
 
 }  // namespace nllx

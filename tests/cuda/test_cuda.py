@@ -146,6 +146,36 @@ def test_graph_capture(case: Case) -> None:
         assert all(torch.equal(got, want) for got, want in zip(captured, _step(problem), strict=True))
 
 
+@pytest.mark.parametrize("shape", [(512, 1000), (4096, 10), (64, 32000)], ids=str)
+def test_compiled_with_cuda_graphs(shape: tuple[int, int]) -> None:
+    """Of several chunks, whose blocks count each other in memory that outlives the graph's."""
+    x, t = torch.randn(shape, device="cuda"), torch.randint(shape[1], shape[:1], device="cuda")
+    compiled = torch.compile(nllx.functional.cross_entropy, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        loss, expected = compiled(ours, t), torch.nn.functional.cross_entropy(theirs, t)
+        loss.backward()
+        expected.backward()
+        assert_close(loss.detach().clone(), expected.detach())
+        assert_close(ours.grad, theirs.grad)
+        assert_close(nllx.functional.cross_entropy(x, t), expected.detach())  # beside the graph, on the same stream
+
+
+def test_in_a_pool_of_memory_that_ends() -> None:
+    x, t = torch.randn(512, 1000, device="cuda"), torch.zeros(512, dtype=torch.int64, device="cuda")
+    expected = torch.nn.functional.cross_entropy(x, t)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            assert_close(nllx.functional.cross_entropy(x, t), expected)
+        del pool
+        others = [torch.full((1 << 18,), -1, dtype=torch.int32, device="cuda") for _ in range(16)]
+        assert_close(nllx.functional.cross_entropy(x, t), expected)
+        del others
+
+
 @_kinds
 def test_current_stream(case: Case) -> None:
     """The kernels wait for what came before them in their stream, and for nothing else."""

@@ -1,4 +1,5 @@
 // The launches and plans of csrc/cuda under C names, as addresses, and the sizes of the structs that they take.
+#include "cuda/kernels/counters.h"
 #include "cuda/kernels/launches.h"
 #include "cuda/kernels/plan.h"
 
@@ -22,6 +23,7 @@ EXPORT_FUNCTION(cross_entropy_workspace)
 EXPORT_FUNCTION(nll_loss_workspace)
 EXPORT_FUNCTION(elementwise_workspace)
 EXPORT_FUNCTION(cuda_plan)
+EXPORT_FUNCTION(counters_of_stream)
 
 #define EXPORT_SIZE(name)             \
   EXPORT const int64_t sizeof_##name; \

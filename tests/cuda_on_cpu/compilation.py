@@ -142,4 +142,5 @@ def kernels_library(changed: str = "", csrc: Path = CSRC) -> Path:
     launches = [path.name for path in sorted((CSRC / "cuda" / "kernels").glob("*.cu"))]
     folders = [(name, csrc if name == changed else CSRC) for name in launches]
     sources = [(folder / "cuda" / "kernels" / name, folder) for name, folder in folders]
-    return library([(HERE / "bindings.cpp", CSRC), (CSRC / "cuda" / "kernels" / "plan.cpp", CSRC), *sources])
+    host = [(CSRC / "cuda" / "kernels" / name, CSRC) for name in ("counters.cpp", "plan.cpp")]
+    return library([(HERE / "bindings.cpp", CSRC), *host, *sources])

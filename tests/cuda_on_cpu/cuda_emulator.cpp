@@ -483,6 +483,43 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 
+namespace cuda_emulator {
+std::string allocation_log;  // what host code has asked of the runtime's memory, in order
+bool allocations_fail = false;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+}  // namespace cuda_emulator
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  cuda_emulator::allocation_log +=
+      "malloc " + std::to_string(bytes) + " in mode " + std::to_string(cuda_emulator::capture_mode) + "\n";
+  if (cuda_emulator::allocations_fail) return cudaErrorMemoryAllocation;
+  *memory = std::malloc(bytes);
+  std::memset(*memory, 0xAB, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  cuda_emulator::allocation_log += "memset on " + std::to_string(reinterpret_cast<uintptr_t>(stream)) + "\n";
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, cuda_emulator::capture_mode);
+  return cudaSuccess;
+}
+
+// What was asked of memory since the last call; whether the next allocations fail.
+EXPORT const char* emulator_allocations(bool fail) {
+  static std::string log;
+  log = std::exchange(cuda_emulator::allocation_log, {});
+  cuda_emulator::allocations_fail = fail;
+  return log.c_str();
+}
+EXPORT int emulator_capture_mode() { return cuda_emulator::capture_mode; }
+
 // Called by the sanitizer's runtime, inside the operation that is undefined.
 EXPORT void __ubsan_on_report() {
   const char *kind, *message, *file;
