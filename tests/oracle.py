@@ -32,6 +32,10 @@ class Reference:
         return _operators.nll_loss.forward(input, target, weight, REDUCTIONS.index(reduction), ignore_index)[0]
 
     @staticmethod
+    def mse_loss(input, target, *, weight=None, reduction="mean"):
+        return _operators.mse_loss.forward(input, target, weight, REDUCTIONS.index(reduction))[0]
+
+    @staticmethod
     def log_softmax(input, dim, dtype=None):
         return _operators.log_softmax.forward(input if dtype is None else input.to(dtype), dim)
 
