@@ -96,6 +96,15 @@ def checks(device: torch.device) -> Iterator[tuple[str, float]]:
         )
         actual, expected = nllx.functional.log_softmax(ours, dim), torch.log_softmax(theirs, dim)
         yield from compare(f"log_softmax {tuple(shape)} {str(dtype)[6:]}", actual, expected, ours, theirs, dtype)
+        ours, theirs = (
+            logits.to(device, copy=True).requires_grad_(),
+            logits.to(torch.float64, copy=True).requires_grad_(),
+        )
+        actual = nllx.functional.mse_loss(ours, probabilities.to(device), reduction=reduction)
+        expected = torch.nn.functional.mse_loss(theirs, probabilities.double(), reduction=reduction)
+        yield from compare(
+            f"mse_loss {tuple(shape)} {str(dtype)[6:]} {reduction}", actual, expected, ours, theirs, dtype
+        )
 
 
 def compare(

@@ -220,7 +220,12 @@ class _Checked:
         _check("nll_loss", input, target, loss, reduction, ignore_index)
         return loss
 
-    log_softmax = staticmethod(_C.log_softmax)
+    def __getattr__(self, name: str) -> Any:
+        """What has nothing to warn about."""
+        return getattr(_C, name)
+
+
+_checked = _Checked()
 
 
 class set_debug:
@@ -280,4 +285,4 @@ class set_debug:
 
 
 def _switch() -> None:
-    vars(functional)["_C"] = _Checked if _settings and _settings[-1]._mode else _C
+    vars(functional)["_C"] = _checked if _settings and _settings[-1]._mode else _C

@@ -338,3 +338,14 @@ def test_does_not_disturb_what_has_no_values() -> None:
 def test_mistakes_raise_as_ever() -> None:
     with nllx.set_debug(True), pytest.raises(IndexError, match="out of bounds"):
         nllx.functional.cross_entropy(_logits(2, 3), torch.tensor([0, 7]))
+
+
+def test_every_function_runs_while_debugging() -> None:
+    x, t = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    arguments = {"log_softmax": (x, 1), "mse_loss": (x, x.flip(0))}
+    for name in nllx.functional.__all__:
+        function = getattr(nllx.functional, name)
+        expected = function(*arguments.get(name, (x, t)))
+        with nllx.set_debug(True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(function(*arguments.get(name, (x, t))), expected, rtol=0, atol=0)
