@@ -247,13 +247,20 @@ _ARGUMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "target of nll_loss": lambda h, y: nllx.functional.nll_loss(h, y),
     "probabilities": lambda h, p: nllx.functional.cross_entropy(h, p),
     "weight": lambda h, w: nllx.functional.cross_entropy(h, t, w),
+    "input of mse_loss": lambda h, v: nllx.functional.mse_loss(v, h),
+    "target of mse_loss": lambda h, v: nllx.functional.mse_loss(h, v),
+    "weight of mse_loss": lambda h, w: nllx.functional.mse_loss(h, h.flip(0), weight=w),
 }
 
 
 @pytest.mark.parametrize("argument", _ARGUMENTS)
 @pytest.mark.parametrize("run", ["no hooks", "identity", "detach", "NumPy", "clone"])
 def test_other_arguments_that_change(argument: str, run: str) -> None:
-    changed = {"probabilities": x.softmax(1), "weight": torch.ones(5).double()}.get(argument, t.clamp(min=0)).clone()
+    changed = {
+        "probabilities": x.softmax(1),
+        "weight": torch.ones(5).double(),
+        **dict.fromkeys((a for a in _ARGUMENTS if a.endswith("mse_loss")), x.exp()),
+    }.get(argument, t.clamp(min=0)).clone()
 
     def head(a: Tensor) -> Tensor:
         loss = _ARGUMENTS[argument](a * 2, changed)
@@ -312,6 +319,7 @@ _OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": nllx.functional.cross_entropy,
     "inplace_backward": lambda h, y: nllx.functional.cross_entropy(h, y, inplace_backward=True),
     "nll_loss": lambda h, y: nllx.functional.nll_loss(nllx.functional.log_softmax(h, 1), y),
+    "mse_loss": lambda h, y: nllx.functional.mse_loss(h, x.exp()),
 }
 
 
@@ -331,7 +339,8 @@ def test_compiled(operator: str, run: str) -> None:
 
     returned = _returned(torch.compile(both, backend="aot_eager"))
     given = _given(torch.compile(lambda h: call(h, t), backend="aot_eager"))
-    expected = _gradient(_RUNS["no hooks"], lambda a: F.cross_entropy(a * 2, t))
+    torchs = F.cross_entropy if operator != "mse_loss" else lambda h, _: F.mse_loss(h, x.exp())
+    expected = _gradient(_RUNS["no hooks"], lambda a: torchs(a * 2, t))
     for head in (returned, given):
         gradient = _attempt(_RUNS[run], head)
         if gradient is not None:
