@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.cpp_extension import load
+from transforms import TRANSFORMS, Subject, Transform
 
 from nllx._operators import functorch
 from nllx._operators.operator import Operator
@@ -191,6 +194,34 @@ _TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any
 def test_under_transforms(transform: str, use: str) -> None:
     results = [_TRANSFORMS[transform](_of(use, toy), _inputs()) for toy in (_toy, _torchs)]
     assert_close(*results)
+
+
+class _Toy(Subject):
+    """Both outputs, of three inputs, in the place of a loss."""
+
+    def loss(self, x: Tensor, target: Tensor | None, weight: Tensor | None) -> Tensor:
+        y, z = self.functional(x, target, weight, 0.7)
+        return y * z.exp()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [pytest.param(t, marks=pytest.mark.slow if t.compiles else ()) for t in TRANSFORMS if not t.builds],
+    ids=str,
+)
+def test_every_transform(transform: Transform) -> None:
+    """The table of transforms.py, as the losses have it."""
+    case = Case("toy", "", (3, 4), op="mse_loss", target="any_numbers", weight="positive", dtype=torch.float64)
+    expected, ours = (transform.run(_Toy(case, toy, "cpu", input_only=False)) for toy in (_torchs, _toy))
+    (got, got_tree), (want, want_tree) = tree_flatten(ours), tree_flatten(expected)
+    assert got_tree == want_tree
+    # There some of torch's operations are in float32, and others round their operands.
+    loose = {"rtol": 2e-2, "atol": 1e-3} if "autocast" in transform.name else {}
+    for a, b in zip(got, want, strict=True):
+        if isinstance(b, Tensor):
+            assert_close(a, b, **loose)
+        else:
+            assert a == b
 
 
 @pytest.mark.parametrize("batched", [(0, None, None), (1, None, None), (0, 0, None), (None, 1, None), (0, 0, 0)])
