@@ -37,7 +37,9 @@ OTHERS = [
 
 @pytest.mark.parametrize("case", REDUCED + PER_ELEMENT + STRIDED + OTHERS, ids=str)
 def test_value(case: ElementwiseCase, kernels: Kernels) -> None:
+    kernels.launched.clear()
     check_mse_loss(kernels, case, Settings())
+    assert [launch.name for launch in kernels.launched] == ["mse_loss_forward_kernel", "mse_loss_backward_kernel"]
 
 
 @pytest.mark.parametrize("case", [case for case in REDUCED + PER_ELEMENT if case.weight == "acc"], ids=str)
