@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -330,3 +331,28 @@ def test_reading_ptxas(monkeypatch: pytest.MonkeyPatch, check: ModuleType) -> No
         "plane_kernel on sm_90 spills 124 bytes",
         "row_kernel on sm_90 uses 40 registers, its budget is 39",
     ]
+
+
+# What of csrc a folder may include beside itself: folders, files; "." are the files that lie in csrc itself.
+_ARROWS = {
+    "cpu/kernels": {"problem.h", "online_softmax.h"},
+    "cuda/kernels": {"problem.h", "online_softmax.h"},
+    "cpu": {".", "cpu/kernels"},
+    "cuda": {".", "cuda/kernels"},
+    "operators": {"."},
+}
+
+
+@pytest.mark.parametrize("folder", _ARROWS)
+def test_includes_run_one_way(folder: str) -> None:
+    csrc = ROOT / "csrc"
+    for path in sorted((csrc / folder).iterdir()):
+        if path.is_dir():
+            continue
+        text = path.read_text()
+        if folder.endswith("kernels"):
+            assert not re.findall(r"#include <(?:ATen|c10|torch)/", text), f"{path} sees torch"
+        for name in re.findall(r'#include "([^"]+)"', text):
+            included = (path.parent / name).resolve().relative_to(csrc)
+            place = included.parent.as_posix()
+            assert place == folder or {place, included.as_posix()} & _ARROWS[folder], f"{path} includes {included}"
