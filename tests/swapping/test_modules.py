@@ -46,7 +46,7 @@ def test_signature_of_module(name: str) -> None:
 
 
 def test_public_names() -> None:
-    assert set(_MODULES) <= set(nllx.__all__)
+    assert set(_MODULES) == set(nllx.modules.__all__) <= set(nllx.__all__)
     assert set(nllx.functional.__all__) == {*_FUNCTIONS, "cross_entropy_value_and_grad"}
     for name in (*_MODULES, "functional"):
         assert getattr(nllx, name).__doc__

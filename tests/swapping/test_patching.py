@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import nllx
 
 F = torch.nn.functional
-_TORCH = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss", "log_softmax", "mse_loss")}
+_TORCH = {name: getattr(F, name) for name in nllx.functional.__all__ if hasattr(F, name)}
 _x = torch.arange(12.0).view(3, 4).sin()
 _t = torch.tensor([0, 3, 1])
 _w = torch.tensor([0.5, 1.0, 2.0, 4.0])
