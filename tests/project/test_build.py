@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ["awk", "cat", "cmp", "grep", "head", "mkdir", "mv", "rm", "sed", "sh", "uname"]
@@ -356,3 +357,11 @@ def test_includes_run_one_way(folder: str) -> None:
             included = (path.parent / name).resolve().relative_to(csrc)
             place = included.parent.as_posix()
             assert place == folder or {place, included.as_posix()} & _ARROWS[folder], f"{path} includes {included}"
+
+
+def test_every_package_is_installed() -> None:
+    """setuptools takes the folders of Python files that it is told of, and a package that is missing is seen by users first."""
+    folders = {path.parent for path in (ROOT / "nllx").rglob("*.py")}
+    found = setuptools.find_packages(str(ROOT), include=["nllx*"])
+    assert {ROOT / name.replace(".", "/") for name in found} == folders
+    assert 'include = ["nllx*"]' in (ROOT / "pyproject.toml").read_text()
