@@ -202,10 +202,11 @@ def _mse_loss(
     """:func:`torch.nn.functional.mse_loss`, by nllx where it can."""
     arguments = (input, target, size_average, reduce, reduction, weight)
     reason = _why_torch(input, None, target, weight)
-    if isinstance(input, Tensor) and isinstance(target, Tensor) and reason in (None, f"dtype {input.dtype}"):
+    of_dtype = isinstance(input, Tensor) and isinstance(target, Tensor) and reason in (None, f"dtype {input.dtype}")
+    if of_dtype and input.dtype != target.dtype:  # by the one that they are promoted to
         # A compiler takes torch.result_type for a result that is no tensor.
-        promote = torch.promote_types if torch.compiler.is_compiling() else None
-        dtype = promote(input.dtype, target.dtype) if promote else torch.result_type(input, target)
+        compiling = torch.compiler.is_compiling()
+        dtype = torch.promote_types(input.dtype, target.dtype) if compiling else torch.result_type(input, target)
         reason = _why_torch(input, dtype, target, weight)
     return _run("mse_loss", reason, (input, target, weight), arguments)
 
