@@ -14,6 +14,8 @@ namespace nllx {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 
+inline bool is_per_row(int64_t reduction) { return static_cast<Reduction>(reduction) == Reduction::kNone; }
+
 struct LossArguments {
   const char* op;            // "cross_entropy" or "nll_loss"
   const char* input_name;    // "logits" or "log_probs"

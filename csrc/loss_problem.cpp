@@ -111,7 +111,7 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
 
 Tensor incoming_gradient(const Tensor& grad_output, const LossProblem& loss, const char* op, int64_t reduction,
                          const void*& pointer, int64_t& stride) {
-  const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
+  const bool per_row = is_per_row(reduction);
   check_grad_output(op, grad_output, per_row ? loss.rows() : 1, loss.input);
   const Tensor g = aligned(grad_output.to(loss.acc_dtype).contiguous());
   pointer = g.const_data_ptr();
@@ -149,8 +149,13 @@ Tensor empty_beside(const Tensor& input, at::IntArrayRef sizes, ScalarType dtype
 }
 
 Tensor empty_loss(const LossProblem& loss, int64_t reduction) {
-  const bool per_row = static_cast<Reduction>(reduction) == Reduction::kNone;
-  return empty_beside(loss.input, per_row ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(), loss.loss_dtype);
+  return empty_beside(loss.input, is_per_row(reduction) ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef(),
+                      loss.loss_dtype);
+}
+
+void fill_empty(const LossProblem& loss, int64_t reduction, Tensor& result, Tensor& total_weight) {
+  total_weight.fill_(loss.probability_rows());
+  result.fill_(static_cast<Reduction>(reduction) == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.);
 }
 
 namespace {
@@ -175,10 +180,9 @@ CrossEntropyForward forward_problem(const LossProblem& loss, const Arrays& array
 }
 
 CrossEntropyBackward backward_problem(const LossProblem& loss, const Arrays& arrays, const Tensor& grad,
-                                      const Tensor& row_stats, const Tensor& total_weight, int64_t reduction) {
+                                      const Tensor& row_stats) {
   auto p = problem_of<CrossEntropyBackward>(loss, arrays);
   p.row_stats = row_stats.const_data_ptr();
-  if (is_mean(static_cast<Reduction>(reduction))) p.total_weight = total_weight.const_data_ptr();
   p.grad_logits = grad.mutable_data_ptr();
   p.grad_strides = arrays.strides[loss.probabilities_given ? 2 : 1];
   return p;

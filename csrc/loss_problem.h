@@ -54,12 +54,14 @@ Arrays share_layout(LossProblem& loss, at::Tensor* output);
 at::Tensor empty_beside(const at::Tensor& input, at::IntArrayRef sizes, at::ScalarType dtype);
 // The uninitialised result: one number, or one per row.
 at::Tensor empty_loss(const LossProblem& loss, int64_t reduction);
+// The loss of no rows, or of rows without classes.
+void fill_empty(const LossProblem& loss, int64_t reduction, at::Tensor& result, at::Tensor& total_weight);
 
 // What the kernels take, from the problem and the layout that share_layout gave it, but for the losses of the rows
-// (forward) and the incoming gradient (backward).
+// (forward), the incoming gradient and the divisor of the mean (backward).
 CrossEntropyForward forward_problem(const LossProblem& loss, const Arrays& arrays, const at::Tensor& row_stats);
 CrossEntropyBackward backward_problem(const LossProblem& loss, const Arrays& arrays, const at::Tensor& grad,
-                                      const at::Tensor& row_stats, const at::Tensor& total_weight, int64_t reduction);
+                                      const at::Tensor& row_stats);
 
 // The gradient that the kernel has written to `computed`, as the operator returns it: in `out`, if that is given.
 // Copies only where the input has no layout that the kernels take, or another dtype.

@@ -1,12 +1,14 @@
-// Where a loss leaves its results on a GPU.
+// A GPU as a device that csrc/entries runs on: launches on the current stream. No call waits for the device.
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
-#include <limits>
-
-#include "../loss_problem.h"
-#include "kernels/launches.h"
+#include "../problem.h"
+#include "bad_target.h"
 #include "workspace.h"
 
 namespace nllx {
@@ -35,12 +37,31 @@ struct Outputs {
   }
 };
 
-inline bool is_per_row(int64_t reduction) { return static_cast<Reduction>(reduction) == Reduction::kNone; }
+// What the devices of the operators derive from. Where `input` is on no GPU, the checks that follow refuse it.
+class Cuda {
+ public:
+  explicit Cuda(const at::Tensor& input) {
+    raise_pending_bad_target();
+    if (input.is_cuda()) guard_.set_device(input.device());
+    stream = c10::cuda::getCurrentCUDAStream();
+  }
 
-// The loss of no rows, or of rows without classes.
-inline void fill_empty(const LossProblem& loss, int64_t reduction, at::Tensor& result, at::Tensor& total_weight) {
-  total_weight.fill_(loss.probability_rows());
-  result.fill_(static_cast<Reduction>(reduction) == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.);
-}
+  static at::Tensor empty_like(const at::Tensor& like, std::optional<at::MemoryFormat> format = std::nullopt) {
+    return at::empty_like(like, at::TensorOptions(), format);
+  }
+  static at::Tensor written(const at::Tensor& t) { return t; }
+
+ protected:
+  cudaStream_t stream = nullptr;
+
+  // After a launch.
+  void check(cudaError_t error) const {
+    C10_CUDA_CHECK(error);
+    raise_bad_target_if_synchronous(stream);
+  }
+
+ private:
+  c10::cuda::OptionalCUDAGuard guard_;
+};
 
 }  // namespace nllx
