@@ -50,7 +50,7 @@ pybind11::dict build_info() {
 
 pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, int64_t inner, int element_bytes,
                          bool planes, bool dense, bool aligned, bool has_terms, int multiprocessors, int shared_bytes,
-                         int cluster_blocks, bool async_copies) {
+                         int cluster_blocks, bool async_copies, bool conservative) {
   const std::map<std::string, nllx::CudaOp> ops = {{"forward", nllx::CudaOp::kForward},
                                                    {"backward", nllx::CudaOp::kBackward},
                                                    {"value_and_grad", nllx::CudaOp::kValueAndGrad},
@@ -64,8 +64,9 @@ pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, 
   problem.aligned = aligned;
   problem.has_terms = has_terms;
   problem.element_bytes = element_bytes;
+  const nllx::CudaDevice device{multiprocessors, shared_bytes, cluster_blocks, async_copies};
   const nllx::CudaPlan plan =
-      nllx::cuda_plan(found->second, problem, {multiprocessors, shared_bytes, cluster_blocks, async_copies});
+      nllx::cuda_plan(found->second, problem, conservative ? nllx::conservative(device) : device);
   const char* const families[] = {"tile_rows", "register_rows", "block_rows", "planes"};
   pybind11::dict fields;
   fields["family"] = families[static_cast<int>(plan.family)];
@@ -103,14 +104,14 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       "cuda_plan", &cuda_plan, py::arg("op"), py::kw_only(), py::arg("outer"), py::arg("classes"), py::arg("inner") = 1,
       py::arg("element_bytes") = 4, py::arg("planes") = false, py::arg("dense") = true, py::arg("aligned") = true,
       py::arg("has_terms") = false, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 227 << 10,
-      py::arg("cluster_blocks") = 8, py::arg("async_copies") = true,
+      py::arg("cluster_blocks") = 8, py::arg("async_copies") = true, py::arg("conservative") = false,
       "Which CUDA kernel solves a problem, and how; see csrc/cuda/kernels/plan.h. op: 'forward', 'backward', "
       "'value_and_grad' "
       "or 'log_softmax'. The problem is an array (outer, classes, inner); dense: rows follow each other without gaps; "
       "aligned: they, or the classes of planes, begin at 16-byte boundaries; has_terms: smoothing or probabilities. "
       "multiprocessors, shared_bytes (a block's), cluster_blocks (the most of a thread-block cluster, 1 without), "
-      "async_copies (from device to shared memory: from sm_80 on): of the GPU, by default an H100's. Raises ValueError "
-      "for another op.");
+      "async_copies (from device to shared memory: from sm_80 on): of the GPU, by default an H100's. conservative: as "
+      "under NLLX_CUDA_PLAN=conservative. Raises ValueError for another op.");
   m.def("differentiate_level", &nllx::differentiate_level, py::arg("name"), py::arg("arguments"), py::arg("plain"),
         py::arg("results"),
         "Makes `results` those of the operator `name` in the graph of one level of torch.func.grad.");
@@ -124,4 +125,9 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       "cpu_capability", [] { return nllx::cpu_capability().name; },
       "The vector instructions that the CPU kernels use: 'default', 'avx2' or 'avx512'. Raises RuntimeError where the "
       "environment variable NLLX_CPU_CAPABILITY names another one, or one that this CPU cannot run.");
+  m.def(
+      "cuda_plans", [] { return nllx::plans_are_conservative() ? "conservative" : "default"; },
+      "What the plans of this process are, by the environment variable NLLX_CUDA_PLAN: 'default' or 'conservative', "
+      "with neither clusters nor asynchronous copies, and with nothing exchanged between the blocks of a launch. "
+      "Raises RuntimeError where it names another.");
 }

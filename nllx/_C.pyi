@@ -24,6 +24,14 @@ class CudaPlan(TypedDict):
     chunks: int
     reason: str
 
+class CudaDevice(TypedDict):
+    multiprocessors: int
+    shared_bytes: int
+    cluster_blocks: int
+    cluster_error: str
+    async_copies: bool
+
+def cuda_device(index: int) -> CudaDevice: ...  # in builds with CUDA
 def cuda_plan(
     op: str,
     *,
@@ -39,7 +47,9 @@ def cuda_plan(
     shared_bytes: int = ...,
     cluster_blocks: int = 8,
     async_copies: bool = True,
+    conservative: bool = False,
 ) -> CudaPlan: ...
+def cuda_plans() -> str: ...
 def differentiate_level(
     name: str, arguments: tuple[object, ...], plain: tuple[object, ...], results: tuple[Tensor, ...]
 ) -> None: ...

@@ -51,6 +51,7 @@ REGISTER_BUDGETS = {
     "log_softmax_forward_block_rows_kernel": 128,
     "log_softmax_forward_planes_kernel": 128,
     "log_softmax_forward_register_rows_kernel": 168,
+    "loss_sum_kernel": 40,
     "mse_loss_backward_kernel": 80,
     "mse_loss_forward_kernel": 80,
     "nll_loss_backward_kernel": 48,

@@ -33,7 +33,8 @@ struct Outputs {
       row_parts = at::empty({workspace.row_part_bytes}, options.dtype(at::kByte));
       this->reduction.row_parts = row_parts.mutable_data_ptr();
     }
-    if (workspace.counters) this->reduction.counters = zero_counters(options, stream, counters);
+    if (workspace.counters && !plans_are_conservative())
+      this->reduction.counters = zero_counters(options, stream, counters);
   }
 };
 

@@ -26,7 +26,7 @@ CudaDevice current_cuda_device() {
   if (known.load(std::memory_order_relaxed) == 0)
     known.store(most_cluster_blocks(properties), std::memory_order_relaxed);
   properties.cluster_blocks = known.load(std::memory_order_relaxed);
-  return properties;
+  return plans_are_conservative() ? conservative(properties) : properties;
 }
 
 unsigned* zero_counters(const at::TensorOptions& options, cudaStream_t stream, at::Tensor& owner) {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from gpus import GPUS
 
@@ -74,6 +78,35 @@ def test_planes() -> None:
     assert _C.cuda_plan("forward", **wide, element_bytes=2)["vector_elements"] == 4
     assert _C.cuda_plan("forward", **wide, element_bytes=2, aligned=False)["vector_elements"] == 1
     assert _C.cuda_plan("forward", outer=1, classes=1000, inner=49, planes=True)["threads_per_row"] == 32
+
+
+def test_conservative() -> None:
+    """As under NLLX_CUDA_PLAN=conservative."""
+    plan = _C.cuda_plan("value_and_grad", outer=64, classes=50257, element_bytes=2)
+    assert (plan["cluster"], plan["ahead"]) == (4, 3)
+    plan = _C.cuda_plan("value_and_grad", outer=64, classes=50257, element_bytes=2, conservative=True)
+    assert (plan["cluster"], plan["ahead"], plan["splits"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(("value", "plans"), [(None, "default"), ("", "default"), ("conservative", "conservative")])
+def test_plans_of_the_process(value: str | None, plans: str) -> None:
+    assert _cuda_plans(value).stdout == f"{plans}\n"
+
+
+def test_no_such_plans() -> None:
+    result = _cuda_plans("careful")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        'RuntimeError: nllx: NLLX_CUDA_PLAN is "careful"; it may be "default" or "conservative"'
+    )
+
+
+def _cuda_plans(value: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {name: text for name, text in os.environ.items() if name != "NLLX_CUDA_PLAN"}
+    if value is not None:
+        environment["NLLX_CUDA_PLAN"] = value
+    code = "from nllx import _C; print(_C.cuda_plans())"
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 def test_no_such_operation() -> None:

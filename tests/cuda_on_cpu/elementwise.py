@@ -112,7 +112,8 @@ class Problem:
             problem.loss, problem.loss_strides = address(loss), _strides(loss)
         workspace = self.kernels.workspace("elementwise", self.elements)
         partials = memory.empty([workspace.partials], torch.float64) if workspace.partials else None
-        counters = torch.zeros(1 + 1024, dtype=torch.int32) if workspace.counters else None
+        counted = workspace.counters and not self.settings.device.conservative
+        counters = torch.zeros(1 + 1024, dtype=torch.int32) if counted else None
         reduction = LossReduction(
             reduction=REDUCTIONS.index(case.reduction),
             loss_is_acc=case.loss_is_acc or case.dtype == case.acc,

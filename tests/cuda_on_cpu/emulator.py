@@ -225,15 +225,22 @@ class CudaDevice(ctypes.Structure):
         ("shared_bytes", c_int),
         ("cluster_blocks", c_int),
         ("async_copies", c_bool),
+        ("conservative", c_bool),
     ]
 
     def __init__(
-        self, multiprocessors: int, shared_bytes: int, cluster_blocks: int = 1, async_copies: bool = True
+        self,
+        multiprocessors: int,
+        shared_bytes: int,
+        cluster_blocks: int = 1,
+        async_copies: bool = True,
+        conservative: bool = False,
     ) -> None:
-        super().__init__(multiprocessors, shared_bytes, cluster_blocks, async_copies)
+        super().__init__(multiprocessors, shared_bytes, cluster_blocks, async_copies, conservative)
 
 
 H100 = CudaDevice(*GPUS["sm_90"])
+CONSERVATIVE = CudaDevice(H100.multiprocessors, H100.shared_bytes, 1, False, True)  # as nllx::conservative() leaves it
 
 
 class CudaPlan(ctypes.Structure):

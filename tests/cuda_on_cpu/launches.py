@@ -229,7 +229,8 @@ class _Loss:
         row_parts = (
             self.memory.empty([workspace.row_part_bytes // 4], torch.float32) if workspace.row_part_bytes else None
         )
-        self.counters = torch.zeros(1 + 1024, dtype=torch.int32) if workspace.counters else None
+        counted = workspace.counters and not self.settings.device.conservative
+        self.counters = torch.zeros(1 + 1024, dtype=torch.int32) if counted else None
         divisor = self.memory.empty([], self.acc)
         self.kept += [partials, row_parts, divisor]
         return LossReduction(

@@ -13,6 +13,7 @@ from cases import Case, build, select
 from comparison import check, check_same, variant
 from emulator import (
     ASCENDING,
+    CONSERVATIVE,
     DESCENDING,
     FLOAT_TYPES,
     H100,
@@ -71,6 +72,28 @@ def test_gradient_over_the_logits(case: Case, kernels: Kernels) -> None:
         check_same(result, expected, "where the gradient is written, and the order")
 
 
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_conservative_plans(case: Case, kernels: Kernels) -> None:
+    problem, settings = build(case), Settings(device=CONSERVATIVE)
+    check(case, run(kernels, problem, settings))
+    if case in REDUCED:
+        check(case, run(kernels, problem, dataclasses.replace(settings, together=True, in_place=True)))
+
+
+@pytest.mark.parametrize("shape", [(300, 100), (70, 2000), (9000, 40), (5, 9, 999)], ids=str)
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss"])
+def test_sums_by_one_more_launch(op: str, shape: tuple[int, ...], kernels: Kernels) -> None:
+    """The same bits as by the last block to finish."""
+    problem = build(variant(Case("", "", shape, op=op, weight="positive", ignored="some")))
+    by_last_block = CudaDevice(132, 227 << 10, async_copies=False)
+    for together in (False, True):
+        results = [
+            run(kernels, problem, Settings(device=device, together=together))
+            for device in (CONSERVATIVE, by_last_block)
+        ]
+        check_same(*results, "what adds the losses of its chunks")
+
+
 # Of the problems with ten thousands of rows nothing is learnt that those with thousands do not show.
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.rows <= 10_000], ids=str)
@@ -114,7 +137,7 @@ ROWS_BACKWARD = "cross_entropy_backward_rows_kernel<T, decltype(terms)::value>"
 PLANES_BACKWARD = "cross_entropy_backward_planes_kernel<T, 1>"
 PLANE_VECTORS_BACKWARD = "cross_entropy_backward_planes_kernel<T, kNeighbours<T>>"
 MASS_ROWS, MASS_PLANES = "probability_mass_rows_kernel<T>", "probability_mass_planes_kernel<T>"
-DIVISOR = "cross_entropy_divisor_kernel<T>"
+DIVISOR, LOSS_SUM = "cross_entropy_divisor_kernel<T>", "loss_sum_kernel<T>"
 TOGETHER = Settings(together=True)
 # A forward and a backward are one launch each, and the gradient of a mean in the forward needs its divisor before.
 LAUNCHES = [
@@ -130,6 +153,13 @@ LAUNCHES = [
     (Case("", "", (3, 1100)), TOGETHER, [DIVISOR, "cross_entropy_value_and_grad_block_rows_kernel<T, kTerms>"]),
     (Case("", "", (3, 70_000)), TOGETHER, [BLOCK, ROWS_BACKWARD]),  # split over blocks
     (Case("", "", (2, 9, 7)), TOGETHER, [PLANES, PLANES_BACKWARD]),
+    # Where the last block to finish is not to add the chunks.
+    (Case("", "", (300, 10)), Settings(device=CONSERVATIVE), [REGISTERS.format("false"), LOSS_SUM, ROWS_BACKWARD]),
+    (
+        Case("", "", (5000, 40)),
+        Settings(device=CONSERVATIVE, together=True),
+        [DIVISOR, LOSS_SUM, REGISTERS.format("true"), LOSS_SUM],
+    ),
     (Case("", "", (3, 10), target="probabilities"), Settings(), [TILE, MASS_ROWS, TILE_BACKWARD]),
     (Case("", "", (3, 300), target="probabilities"), Settings(), [REGISTERS.format("false"), MASS_ROWS, ROWS_BACKWARD]),
     (Case("", "", (2, 300, 7)), Settings(), [PLANES, PLANES_BACKWARD]),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from emulator import (
     BACKWARD,
+    CONSERVATIVE,
     FAMILIES,
     FORWARD,
     H100,
@@ -109,6 +110,18 @@ def test_of_every_architecture(name: str, kernels: Kernels) -> None:
             # Kernels for architectures with asynchronous copies rely on them.
             if FAMILIES[plan.family] == "block rows" and (plan.shared_bytes > 0 or (op, element_bytes) == (FORWARD, 2)):
                 assert (plan.ahead > 0) == DEVICES[name].async_copies
+
+
+def test_conservative(kernels: Kernels) -> None:
+    """Blocks that share nothing, and no copy that is asynchronous: of tiles all are, where the GPU can."""
+    for op, classes, count, element_bytes in itertools.product(
+        (FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX), (1, 10, 1000, 32000, 262144), (8, 64, 4096, 10**6), (2, 4, 8)
+    ):
+        for problem in (rows(count, classes, element_bytes), planes(16, classes, 1 << 18, element_bytes)):
+            plan = kernels.plan(op, problem, CONSERVATIVE)
+            assert FAMILIES[plan.family] != "tile rows"
+            assert (plan.cluster, plan.ahead) == (1, 0)
+            assert plan.splits == 1 or op == BACKWARD  # there each block writes its part, and nothing is shared
 
 
 SIZES = [n + d for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 2048, 8192, 50257, 2**31) for d in (-1, 0, 1) if n + d]

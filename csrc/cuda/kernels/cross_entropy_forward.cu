@@ -83,6 +83,7 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
       }
     });
   });
+  launch_loss_sum(r, p.targets, plan.chunks, type, plan.threads, stream);
   return cudaGetLastError();
 }
 
@@ -103,9 +104,10 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (mean) {
-      const dim3 divisor_grid = grid_of(divisor_chunks(p.extent.rows()));
-      CUDA_LAUNCH((cross_entropy_divisor_kernel<T>), divisor_grid, block_of(512), 0, stream, p,
-                  divisor_of(r, r.divisor));
+      const LossReduction divisor = divisor_of(r, r.divisor);
+      const int64_t chunks = divisor_chunks(p.extent.rows());
+      CUDA_LAUNCH((cross_entropy_divisor_kernel<T>), grid_of(chunks), block_of(512), 0, stream, p, divisor);
+      launch_loss_sum(divisor, p.targets, chunks, type, 512, stream);
       b.total_weight = r.divisor;
     }
     if (plan.family == CudaFamily::kTileRows) {
@@ -128,6 +130,7 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
       }
     });
   });
+  launch_loss_sum(r, p.targets, plan.chunks, type, plan.threads, stream);
   return cudaGetLastError();
 }
 

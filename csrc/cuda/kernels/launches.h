@@ -1,4 +1,4 @@
-// The launches: plain structs, raw device pointers and a stream; no torch header. Each returns cudaGetLastError().
+// The launches: plain structs, raw device pointers and a stream; no torch header. Operators' return cudaGetLastError().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,7 +24,8 @@ struct LossReduction {
   void* loss = nullptr;          // one number; not written for Reduction::kNone
   void* total_weight = nullptr;  // acc: the divisor of a mean
   double* partials = nullptr;    // as many numbers as the workspace says
-  unsigned* counters = nullptr;  // kCounters zeros, and zeros again afterwards; of one launch at a time
+  unsigned* counters = nullptr;  // kCounters zeros, and zeros again afterwards; of one launch at a time. Null where the
+                                 // device is not to count blocks: then one more launch adds the partial sums
   void* row_parts = nullptr;     // as the workspace says: the states of rows that several blocks share
   void* divisor = nullptr;       // an acc, for value_and_grad: the divisor, before the losses are known
 };
@@ -64,6 +65,10 @@ cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType t
 cudaError_t launch_mse_loss_forward(const ElementwiseForward& p, const LossReduction& r, FloatType type,
                                     cudaStream_t stream);
 cudaError_t launch_mse_loss_backward(const ElementwiseBackward& p, FloatType type, cudaStream_t stream);
+// What the launches of losses end with: adds the partial sums of `chunks` by one more launch, in the order of a block
+// of `threads`, where there are several and no counters.
+void launch_loss_sum(const LossReduction& r, const Targets& targets, int64_t chunks, FloatType type, int threads,
+                     cudaStream_t stream);
 cudaError_t launch_checked_target(const void* target, IndexType type, int64_t n, int64_t classes, int64_t ignore_index,
                                   int64_t* out, BadTarget* bad, cudaStream_t stream);
 

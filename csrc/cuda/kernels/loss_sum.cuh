@@ -1,5 +1,6 @@
 // The loss of all rows, in the launch that computes them: partial sums of chunks of rows, added by the last block to
-// finish. Everything is added in an order that depends on the problem alone: the same bits in every run.
+// finish, or, without counters, by one more launch. Everything is added in an order that depends on the problem alone:
+// the same bits in every run, and either way.
 #pragma once
 
 #include "targets.cuh"
@@ -60,12 +61,10 @@ __device__ __forceinline__ bool completes(unsigned* counter, unsigned done, unsi
   return complete[0] != 0;
 }
 
-// Called by all threads of a block when it has added `done` of the chunks.
+// The partial sums of all chunks, by one block.
 template <typename T>
-__device__ __forceinline__ void finish_loss(const LossReduction& r, const Targets& targets, int64_t chunks,
-                                            unsigned done, double* scratch) {
-  if (chunks == 1 || done == 0) return;
-  if (!completes(r.counters, done, static_cast<unsigned>(chunks))) return;
+__device__ __forceinline__ void add_chunks(const LossReduction& r, const Targets& targets, int64_t chunks,
+                                           double* scratch) {
   LossTerms terms;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < chunks; i += blockDim.x) {
@@ -74,6 +73,14 @@ __device__ __forceinline__ void finish_loss(const LossReduction& r, const Target
   }
   const double loss = sum_in_block(terms.loss, scratch), weight = sum_in_block(terms.weight, scratch);
   if (threadIdx.x == 0) write_loss<T>(r, targets, loss, weight);
+}
+
+// Called by all threads of a block when it has added `done` of the chunks.
+template <typename T>
+__device__ __forceinline__ void finish_loss(const LossReduction& r, const Targets& targets, int64_t chunks,
+                                            unsigned done, double* scratch) {
+  if (chunks == 1 || done == 0 || r.counters == nullptr) return;
+  if (completes(r.counters, done, static_cast<unsigned>(chunks))) add_chunks<T>(r, targets, chunks, scratch);
 }
 
 }  // namespace nllx

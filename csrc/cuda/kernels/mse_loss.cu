@@ -51,6 +51,7 @@ cudaError_t launch_mse_loss_forward(const ElementwiseForward& p, const LossReduc
     CUDA_LAUNCH((mse_loss_forward_kernel<T, decltype(in_vectors)::value>), grid_of(chunks(p.elements.count)),
                 block_of(kElementwiseThreads), 0, stream, p, r, elements_per_chunk(p.elements.count));
   });
+  launch_loss_sum(r, Targets(), chunks(p.elements.count), type, kElementwiseThreads, stream);
   return cudaGetLastError();
 }
 

@@ -40,6 +40,7 @@ cudaError_t launch_nll_loss_forward(const NllLossForward& p, const LossReduction
     CUDA_LAUNCH((nll_loss_forward_kernel<T>), grid_of(chunks(rows)), block_of(kThreads), 0, stream, p, r,
                 rows_per_chunk(rows), bad);
   });
+  launch_loss_sum(r, p.targets, chunks(rows), type, kThreads, stream);
   return cudaGetLastError();
 }
 

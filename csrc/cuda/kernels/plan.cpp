@@ -1,6 +1,9 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 namespace nllx {
 
@@ -184,7 +187,8 @@ CudaPlan block_rows(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
   plan.reason = row.reason;
   plan.threads = plan.threads_per_row = row.threads;
   plan.vector_elements = vector_elements(p);
-  const int splits = op == CudaOp::kLogSoftmax ? 1 : splits_of_row(p, vectors, plan.threads, device);
+  const bool may_split = op != CudaOp::kLogSoftmax && !device.conservative;
+  const int splits = may_split ? splits_of_row(p, vectors, plan.threads, device) : 1;
   // Within a cluster nothing of device memory is waited for; more blocks than it has are worth more than that.
   const bool clustered = splits > 1 && splits <= device.cluster_blocks;
   if (op == CudaOp::kForward) {
@@ -233,7 +237,27 @@ CudaPlan block_rows(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
   return plan;
 }
 
+bool read_plans_are_conservative() {
+  const char* const value = std::getenv("NLLX_CUDA_PLAN");
+  const std::string wanted = value ? value : "";
+  if (wanted == "conservative") return true;
+  if (wanted.empty() || wanted == "default") return false;
+  throw std::runtime_error("nllx: NLLX_CUDA_PLAN is \"" + wanted + "\"; it may be \"default\" or \"conservative\"");
+}
+
 }  // namespace
+
+bool plans_are_conservative() {
+  static const bool conservative = read_plans_are_conservative();
+  return conservative;
+}
+
+CudaDevice conservative(CudaDevice device) {
+  device.cluster_blocks = 1;
+  device.async_copies = false;
+  device.conservative = true;
+  return device;
+}
 
 CudaProblem cuda_problem(const CrossEntropyForward& p, const CrossEntropyBackward* gradient, FloatType type) {
   CudaProblem problem = problem_of(p.extent, p.layout, p.targets, type);
@@ -259,7 +283,8 @@ CudaProblem cuda_problem(const Extent& extent, Layout layout, const void* input,
 
 CudaPlan cuda_plan(CudaOp op, const CudaProblem& p, const CudaDevice& device) {
   if (p.layout == Layout::kPlanes) return planes(op, p, device);
-  const bool has_tiles = p.dense && p.extent.classes <= most_tile_classes(p.element_bytes);
+  // Tiles are copied asynchronously where the architecture can, none ahead too.
+  const bool has_tiles = p.dense && p.extent.classes <= most_tile_classes(p.element_bytes) && !device.conservative;
   if (has_tiles && op != CudaOp::kLogSoftmax) return tile_rows(p, device);
   if (op == CudaOp::kBackward) return streamed_rows(p, device);
   return has_register_rows(p) ? register_rows(p) : block_rows(op, p, device);

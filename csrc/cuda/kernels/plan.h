@@ -36,7 +36,14 @@ struct CudaDevice {
   int shared_bytes = 48 << 10;  // that a block may ask for
   int cluster_blocks = 1;       // the most of a thread-block cluster
   bool async_copies = false;    // from device to shared memory: from sm_80 on
+  bool conservative = false;    // blocks exchange nothing within a launch, and nothing is copied asynchronously
 };
+
+// The way back for a GPU on which something is wrong: without clusters, asynchronous copies, rows split over blocks,
+// and sums by the last block to finish.
+CudaDevice conservative(CudaDevice device);
+// Whether NLLX_CUDA_PLAN, read once in a process, is "conservative". Throws std::runtime_error for what it cannot be.
+bool plans_are_conservative();
 
 struct CudaPlan {
   CudaFamily family = CudaFamily::kTileRows;
