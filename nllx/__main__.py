@@ -1,10 +1,11 @@
 """``python -m nllx``: what was built, what this machine has, and whether the kernels agree with torch here.
 
-Takes a few seconds. Exit status 1 if anything differs.
+Takes a few seconds. On a GPU every kernel family that the plan has for it runs. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 import nllx
-from nllx import _C
+from nllx import _C, _families
 
 # Error allowed against torch in float64, as a multiple of the dtype's epsilon, relative to the largest value. In float64
 # torch's own error counts too; in half precision log_softmax hands its rounded output to its backward, as torch does.
@@ -42,6 +43,7 @@ def print_build() -> None:
     print(f"CPU capability     {_C.cpu_capability()}, {torch.get_num_threads()} threads")
     names = [torch.cuda.get_device_name(d) for d in devices() if d.type == "cuda"]
     print(f"GPUs               {', '.join(names) or 'none'}")
+    print(f"CUDA plans         {_C.cuda_plans()} (NLLX_CUDA_PLAN)")
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -125,10 +127,32 @@ def compare(
     yield f"{name}, gradient", error(ours.grad, theirs.grad)
 
 
-def main() -> int:
+def check_families(device: torch.device, small: bool) -> int:
+    """Every kernel family on a GPU, after what the device answered; how many differ."""
+    answered = _C.cuda_device(device.index)
+    print(f"{device!s:<18} " + ", ".join(f"{name} {value or 'none'}" for name, value in answered.items()))
+    gpu = {
+        "multiprocessors": answered["multiprocessors"],
+        "shared_bytes": answered["shared_bytes"],
+        "cluster_blocks": answered["cluster_blocks"],
+        "async_copies": answered["async_copies"],
+        "conservative": _C.cuda_plans() == "conservative",
+    }
+    return _families.check(device, gpu, small)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m nllx", description=__doc__)
+    parser.add_argument("--families", action="store_true", help="only the kernel families of the GPUs")
+    parser.add_argument("--small", action="store_true", help="of those the smaller shapes, for sanitizers")
+    options = parser.parse_args(arguments)
     print_build()
     wrong = 0
     for device in devices():
+        if device.type == "cuda":
+            wrong += check_families(device, options.small)
+        if options.families:
+            continue
         count, worst = 0, 0.0
         for name, value in checks(device):
             count += 1
@@ -139,7 +163,17 @@ def main() -> int:
         print(
             f"self-check         {device}: {count} comparisons with torch, largest error {worst:.0%} of the tolerance"
         )
+    has_gpu = any(device.type == "cuda" for device in devices())
+    if options.families and not has_gpu:
+        print("nllx: there is no GPU that this build has kernels for: nothing was checked", file=sys.stderr)
+        return 1
     print("self-check         " + (f"{wrong} DIFFER" if wrong else "passed"))
+    if wrong and has_gpu:
+        print(
+            f"The CUDA kernels ran by the {_C.cuda_plans()} plans: docs/limits.md has the way back, under "
+            '"If something is wrong on your GPU"',
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 

@@ -100,6 +100,16 @@ def test_large_problems(shape: tuple[int, ...], smoothing: float, dtype: torch.d
         assert_close(gradient.double(), exact.grad, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
 
 
+@pytest.mark.parametrize("plans", ["default", "conservative"])
+def test_kernel_families(plans: str) -> None:
+    environment = {**os.environ, "NLLX_CUDA_PLAN": plans}
+    command = [sys.executable, "-m", "nllx", "--families", "--small"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"CUDA plans         {plans}" in run.stdout
+    assert ("cluster," in run.stdout) == (plans == "default" and torch.cuda.get_device_capability() >= (9, 0))
+
+
 def test_errors_at_once() -> None:
     code = """
 import torch, nllx
