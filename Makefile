@@ -25,7 +25,7 @@ help:
 	@echo "make lint        clang-format, ruff, mypy, and the width of Markdown"
 	@echo "make format      let clang-format and ruff rewrite the sources, and wrap Markdown"
 	@echo "make cuda-check  without a GPU: build for CUDA, check registers and spills, run the kernels' logic on the CPU"
-	@echo "make gpu-check   with a GPU: build, tests, compute-sanitizer, benchmarks; installs nothing"
+	@echo "make gpu-check   with a GPU, ten minutes: build, kernel families, tests, compute-sanitizer, benchmarks; installs nothing"
 	@echo "make clean       remove what was built; environments stay"
 
 demo: build
