@@ -36,6 +36,7 @@ dim3 block_dim, grid_dim;
 unsigned lane, cluster_rank, cluster_blocks = 1;
 uint64_t order = 0;
 unsigned most_blocks = 0;
+int system_atomics = 0;
 
 namespace {
 
@@ -100,7 +101,12 @@ std::mt19937_64 random_bits;
 
 constexpr size_t kDynamicStride = kMostDynamicShared + 64;  // what lies behind it is NaN too
 alignas(16) char dynamic_memory[kMostClusterBlocks * kDynamicStride];
-size_t dynamic_bytes;  // of the launch
+size_t dynamic_bytes;               // of the launch
+const char* host_memory = nullptr;  // that host and device write
+size_t host_bytes = 0;
+// What ALLOW_SHARED has said of the next launch.
+std::string allowed_kernel;
+size_t allowed_bytes;
 
 struct Shared {
   char* begin;
@@ -360,8 +366,10 @@ void cluster_wait() {
   current->arrived = false;
 }
 
-void check_shared(int bytes, int most) {
+void allow_shared(const char* kernel, int bytes, int most) {
   if (bytes > most) error = "more dynamic shared memory than is asked for";
+  allowed_kernel = kernel;
+  allowed_bytes = static_cast<size_t>(bytes);
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {
@@ -383,6 +391,12 @@ void wait_for_copies(int groups) {
     for (const Fiber::Copy& copy : current->groups.front()) copy.make();
     current->groups.pop_front();
   }
+}
+
+void check_atomic(const void* p) {
+  const char* const at = static_cast<const char*>(p);
+  if (at >= host_memory && at < host_memory + host_bytes)
+    fail("an atomic of the device on memory that the host writes");
 }
 
 int block_barrier(const char* name, Vote vote, int predicate) {
@@ -454,6 +468,11 @@ void launch(const char* kernel, unsigned cluster, dim3 grid, dim3 block, size_t 
     last_message = std::string(kernel) + ": no such grid, block or cluster, or too much dynamic shared memory";
     return;
   }
+  if (dynamic_shared > 0 && (std::exchange(allowed_kernel, "") != kernel || allowed_bytes != dynamic_shared)) {
+    last_error = cudaErrorLaunchFailure;
+    last_message = std::string(kernel) + ": dynamic shared memory without ALLOW_SHARED";
+    return;
+  }
   // Whole clusters.
   if (most_blocks && grid.x > most_blocks * cluster) grid.x = most_blocks * cluster;
   cluster_blocks = cluster;
@@ -517,6 +536,12 @@ EXPORT const char* emulator_allocations(bool fail) {
   log = std::exchange(cuda_emulator::allocation_log, {});
   cuda_emulator::allocations_fail = fail;
   return log.c_str();
+}
+// Memory that the host writes too, and the atomics of the system since the last call.
+EXPORT int emulator_host_memory(const void* memory, size_t bytes) {
+  cuda_emulator::host_memory = static_cast<const char*>(memory);
+  cuda_emulator::host_bytes = bytes;
+  return std::exchange(cuda_emulator::system_atomics, 0);
 }
 EXPORT int emulator_capture_mode() { return cuda_emulator::capture_mode; }
 

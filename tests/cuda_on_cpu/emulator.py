@@ -317,7 +317,9 @@ class Emulator:
         self.library.emulator_error.restype = c_char_p
         self.library.emulator_launches.restype = c_char_p
         self.library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint]
+        self.library.emulator_host_memory.argtypes = [c_void_p, ctypes.c_size_t]
         self.launched: list[Launch] = []  # since the list was last emptied
+        self.system_atomics = 0  # of the last launch that had a record of bad targets
 
     def run(self, launch: Callable[[], int], order: int = ASCENDING, most_blocks: int = 0) -> None:
         """Calls a function of the library that launches kernels and returns a cudaError_t.
@@ -352,7 +354,13 @@ class Kernels(Emulator):
     def launch(self, name: str, *arguments: Any, order: int = ASCENDING, most_blocks: int = 0) -> None:
         """``nllx::launch_<name>`` on stream 0."""
         before = len(self.launched)
-        self.run(self._function(f"launch_{name}", c_int, [*arguments, c_void_p()]), order, most_blocks)
+        launch = self._function(f"launch_{name}", c_int, [*arguments, c_void_p()])
+        records = [argument for argument in arguments if isinstance(argument, BadTarget)]
+        for record in records:
+            self.library.emulator_host_memory(ctypes.addressof(record), ctypes.sizeof(record))
+        self.run(launch, order, most_blocks)
+        if records:
+            self.system_atomics = self.library.emulator_host_memory(None, 0)
         for launch in self.launched[before:]:
             bound = kernel_bounds()[launch.name]
             assert launch.threads <= bound, f"{launch}: more threads than the {bound} that it is compiled for"

@@ -169,6 +169,7 @@ EXPORT int neighbours(bool barrier_before, bool barrier_after, float* out) {
   return cudaGetLastError();
 }
 EXPORT int clusters(int blocks, bool begin, bool end, bool dynamic, int* out) {
+  ALLOW_SHARED(clusters_kernel, 256, 256);
   CUDA_LAUNCH_CLUSTERS(clusters_kernel, blocks, dim3(2 * static_cast<unsigned>(blocks)), dim3(64), 256, nullptr, begin,
                        end, dynamic, out);
   return cudaGetLastError();
@@ -206,7 +207,19 @@ EXPORT int beyond_shared(float* out) {
   return cudaGetLastError();
 }
 EXPORT int beyond_dynamic_shared(float* out) {
+  ALLOW_SHARED(beyond_dynamic_shared_kernel, 256, 256);
   CUDA_LAUNCH(beyond_dynamic_shared_kernel, dim3(1), dim3(32), 64 * sizeof(float), nullptr, out);
+  return cudaGetLastError();
+}
+// What is allowed is that of another kernel.
+EXPORT int shared_of_another_kernel(float* out) {
+  ALLOW_SHARED(beyond_shared_kernel, 256, 256);
+  CUDA_LAUNCH(beyond_dynamic_shared_kernel, dim3(1), dim3(32), 256, nullptr, out);
+  return cudaGetLastError();
+}
+EXPORT int more_shared_than_ever() {
+  ALLOW_SHARED(deadlock_kernel, 256, 128);
+  CUDA_LAUNCH(deadlock_kernel, dim3(1), dim3(64), 256, nullptr);
   return cudaGetLastError();
 }
 EXPORT int deadlock() {

@@ -129,6 +129,8 @@ def test_clusters(emulator: Emulator, blocks: int, dynamic: bool) -> None:
         ("mixed_collectives", "other lanes of its mask are in"),
         ("too_many_threads", "no such grid, block or cluster"),
         ("wild", "segmentation fault"),
+        ("shared_of_another_kernel", "beyond_dynamic_shared_kernel: dynamic shared memory without ALLOW_SHARED"),
+        ("more_shared_than_ever", "more dynamic shared memory than is asked for"),
     ],
 )
 def test_what_is_wrong_is_reported(emulator: Emulator, function: str, message: str) -> None:

@@ -30,6 +30,7 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
     }
     if (plan.family == CudaFamily::kTileRows) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_backward_tile_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
       CUDA_LAUNCH((cross_entropy_backward_tile_rows_kernel<T>), grid, block, shared, stream, p, plan.ahead, read_mass,
                   bad);
     } else if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {

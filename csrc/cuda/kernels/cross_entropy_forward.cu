@@ -55,6 +55,7 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
     using T = typename decltype(tag)::type;
     if (plan.family == CudaFamily::kTileRows) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
       CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, none, r, plan.ahead,
                   plan.rows_per_chunk, bad);
       return;
@@ -112,6 +113,7 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
     }
     if (plan.family == CudaFamily::kTileRows) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
+      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
       CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, b, r, plan.ahead,
                   plan.rows_per_chunk, bad);
       return;

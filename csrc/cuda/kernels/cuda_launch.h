@@ -4,6 +4,8 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "plan.h"
 
 #define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
@@ -13,18 +15,27 @@
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 // The dynamic shared memory of the launch, 16-byte aligned.
 #define DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
-// Before a launch with so much dynamic shared memory, of which launches of the kernel never have more than `most`.
-#define ALLOW_SHARED(kernel, bytes, most) nllx::allow_shared(kernel, bytes, most)
+// Before every launch with dynamic shared memory: so much, of which launches of the kernel never have more than `most`.
+#define ALLOW_SHARED(kernel, bytes, most) nllx::allow_shared<(kernel)>(bytes, most)
 
 namespace nllx {
-// More than 48 KiB, static and dynamic, have to be asked for; of the static there are less than 3. The limit is one for
-// all threads of the process, so that it is set to `most` always and never to what one launch needs.
-template <typename... Parameters>
-void allow_shared(void (*kernel)(Parameters...), int bytes, int most) {
-  if (bytes <= (45 << 10)) return;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  // What is read goes to shared memory: as many blocks as fit there are worth more than a first-level cache.
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+// Both attributes are the current device's, and may be set while a stream is captured.
+template <auto kKernel>
+void allow_shared(int bytes, int most) {
+  if (bytes <= 0) return;
+  // More than 48 KiB, static and dynamic, have to be asked for; of the static there are less than 3. The limit is one
+  // for all threads of the process, so that it is set to `most` always and never to what one launch needs; and for each
+  // launch, since a context that is not the device's first may have a limit of its own.
+  if (bytes > (45 << 10)) cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  // What is read goes to shared memory: as many blocks as fit there are worth more than a first-level cache. Left to
+  // the driver, it may be fewer than the plan counts on. Once for a device: a preference that is lost costs time alone.
+  static std::atomic<uint64_t> preferred{0};  // a bit for each device
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return;
+  const uint64_t bit = uint64_t{1} << device % 64;
+  if (preferred.load(std::memory_order_relaxed) & bit) return;
+  cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  preferred.fetch_or(bit, std::memory_order_relaxed);
 }
 // `attribute` is the configuration's, and has to live as long.
 inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int cluster, dim3 grid, dim3 block,

@@ -56,12 +56,17 @@ uint4* dynamic_shared_memory();
 void* shared_of_rank(void* p, unsigned rank);
 void cluster_arrive();
 void cluster_wait();
-// The next launch fails if it has more dynamic shared memory than the kernel may ever have.
-void check_shared(int bytes, int most);
+// What the next launch has of dynamic shared memory. It fails if it has other, and if the kernel may never have so
+// much.
+void allow_shared(const char* kernel, int bytes, int most);
 // Copies of 16 or 8 bytes are made as late as they may be, as early in order 1, and at either time in random ones.
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups);
+
+// Atomics over the bus, since the last emulator_host_memory.
+extern int system_atomics;
+void check_atomic(const void* p);
 
 enum class Vote { kNone, kCount, kOr, kAnd };
 int block_barrier(const char* name, Vote vote, int predicate);
@@ -117,7 +122,7 @@ void launch_kernel(const char* name, Kernel kernel, int cluster, dim3 grid, dim3
   T(&name)[n] = name##_storage.blocks[cuda_emulator::cluster_rank].values
 
 #define DYNAMIC_SHARED(name) uint4* const name = cuda_emulator::dynamic_shared_memory()
-#define ALLOW_SHARED(kernel, bytes, most) cuda_emulator::check_shared(bytes, most)
+#define ALLOW_SHARED(kernel, bytes, most) cuda_emulator::allow_shared(#kernel, bytes, most)
 
 #define threadIdx (cuda_emulator::thread_index)
 #define blockIdx (cuda_emulator::block_index)
@@ -168,21 +173,32 @@ T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32) {
   return shuffle("__shfl_up_sync", mask, v, lane >= group(width) + delta ? lane - delta : lane);
 }
 
-// One fiber runs at a time, so that atomics are plain and fences nothing.
+// One fiber runs at a time, so that atomics are plain and fences nothing. What is atomic for the device alone fails on
+// memory that the host writes too.
 template <typename T>
 T atomicAdd(T* p, T v) {
+  cuda_emulator::check_atomic(p);
   const T old = *p;
   *p = old + v;
   return old;
 }
 template <typename T>
 T atomicMax(T* p, T v) {
+  cuda_emulator::check_atomic(p);
   const T old = *p;
   if (v > old) *p = v;
   return old;
 }
 template <typename T>
+T atomicCAS_system(T* p, T compare, T v) {
+  ++cuda_emulator::system_atomics;
+  const T old = *p;
+  if (old == compare) *p = v;
+  return old;
+}
+template <typename T>
 T atomicCAS(T* p, T compare, T v) {
+  cuda_emulator::check_atomic(p);
   const T old = *p;
   if (old == compare) *p = v;
   return old;
