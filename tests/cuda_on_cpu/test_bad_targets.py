@@ -76,6 +76,18 @@ def test_out_of_range(family: str, dtype: torch.dtype, reduction: str, order: in
         assert (per_row[rows] == 0).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_bad_rows(family: str, kernels: Kernels) -> None:
+    """One atomic over the bus, and none for each of them; none either while the record is the host's to read."""
+    op, shape = FAMILIES[family]
+    case = variant(Case("", "", (shape[0] * 30, *shape[1:]), op=op, ignore_index=IGNORE_INDEX, reduction="none"))
+    problem = build(case)
+    result = run(kernels, Problem(case, problem.input, torch.full_like(problem.target, case.classes), problem.weight))
+    assert result.output.isnan().all()
+    assert (result.grad == 0).all()
+    assert kernels.system_atomics == 1  # of the backward, which has a record of its own
+
+
 def test_every_family_has_bad_values() -> None:
     for dtype in INDEX_TYPES:
         assert bad_values(dtype, 10)

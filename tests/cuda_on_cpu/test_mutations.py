@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case, build
+from cases import Case, Problem, build
 from comparison import check, variant
 from compilation import CSRC, kernels_library
 from elementwise import ElementwiseCase, check_mse_loss
@@ -27,7 +27,7 @@ class Mutation:
     old: str
     new: str
     source: str
-    cases: Sequence[Case | ElementwiseCase]
+    cases: Sequence[Case | ElementwiseCase | Problem]  # of a problem nothing but that it runs is looked at
     error: type[Exception] | tuple[type[Exception], ...]
     message: str = ""
     settings: Sequence[Settings] = (Settings(),)
@@ -37,6 +37,8 @@ FORWARD, BACKWARD = "cross_entropy_forward.cu", "cross_entropy_backward.cu"
 TILE_ROWS = Case("", "", (300, 10), reduction="mean")
 REGISTER_ROWS = Case("", "", (5, 40), reduction="none")
 BLOCK_ROWS = Case("", "", (5, 1101), reduction="none")
+BAD_ROWS = build(variant(Case("", "", (5, 40))))
+BAD_ROWS.target.fill_(40)
 SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
 LOG_SOFTMAX = "log_softmax.cu"
 CLUSTER_ROWS = Case("", "", (7, 3001), op="log_softmax")
@@ -83,6 +85,9 @@ MUTATIONS = [
     Mutation("ignore_index ignored", "targets.cuh",
              "const bool ignored = y.index == t.ignore_index;", "const bool ignored = false;",
              FORWARD, [Case("", "", (5, 40), ignored="some", reduction="none")], AssertionError, "output"),
+    Mutation("an atomic that the host does not see", "targets.cuh",
+             "atomicCAS_system(&bad->claimed, 0, 1)", "atomicCAS(&bad->claimed, 0, 1)",
+             BACKWARD, [BAD_ROWS], KernelError, "an atomic of the device on memory that the host writes"),
     Mutation("threads that leave before a shuffle", "cross_entropy_rows.cuh",
              "const int64_t mine = first + lane * rows_at_once + group;",
              "const int64_t mine = first + lane * rows_at_once + group; if (mine >= end) return;",
@@ -132,6 +137,8 @@ def _check(kernels: Kernels, mutation: Mutation) -> None:
         for settings in mutation.settings:
             if isinstance(case, ElementwiseCase):
                 check_mse_loss(kernels, case, settings)
+            elif isinstance(case, Problem):
+                run(kernels, case, settings)
             else:
                 check(variant(case), run(kernels, build(variant(case)), settings))
 

@@ -7,7 +7,12 @@ namespace nllx {
 
 __device__ __forceinline__ void report_bad_target(BadTarget* bad, int64_t row, int64_t value, int64_t classes,
                                                   int64_t ignore_index) {
-  if (atomicCAS(&bad->claimed, 0, 1) != 0) return;
+  // The record lies in the host's memory, behind the bus: where many rows are bad, a warp reads it once, and no row
+  // waits for an atomic there.
+  if (*const_cast<volatile int*>(&bad->claimed) != 0) return;
+  // The host writes the same word: an atomic for this device alone could undo that.
+  if (atomicCAS_system(&bad->claimed, 0, 1) != 0) return;
+  __threadfence_system();  // what the host has read of the record, it read before it gave the word back
   bad->row = row;
   bad->value = value;
   bad->classes = classes;
