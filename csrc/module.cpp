@@ -12,7 +12,10 @@
 #include "grad_level.h"
 #include "python_calls.h"
 #ifdef NLLX_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
 #include "cuda/bad_target.h"
+#include "cuda/workspace.h"
 #endif
 
 #ifndef NLLX_CUDA_ARCHITECTURES
@@ -47,6 +50,20 @@ pybind11::dict build_info() {
   info["cuda_architectures"] = NLLX_CUDA_ARCHITECTURES;
   return info;
 }
+
+#ifdef NLLX_WITH_CUDA
+pybind11::dict cuda_device(c10::DeviceIndex index) {
+  const c10::cuda::CUDAGuard guard(index);
+  const auto [device, cluster_error] = nllx::current_cuda_device_answers();
+  pybind11::dict fields;
+  fields["multiprocessors"] = device.multiprocessors;
+  fields["shared_bytes"] = device.shared_bytes;
+  fields["cluster_blocks"] = device.cluster_blocks;
+  fields["cluster_error"] = cluster_error;
+  fields["async_copies"] = device.async_copies;
+  return fields;
+}
+#endif
 
 pybind11::dict cuda_plan(const std::string& op, int64_t outer, int64_t classes, int64_t inner, int element_bytes,
                          bool planes, bool dense, bool aligned, bool has_terms, int multiprocessors, int shared_bytes,
@@ -112,6 +129,11 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       "multiprocessors, shared_bytes (a block's), cluster_blocks (the most of a thread-block cluster, 1 without), "
       "async_copies (from device to shared memory: from sm_80 on): of the GPU, by default an H100's. conservative: as "
       "under NLLX_CUDA_PLAN=conservative. Raises ValueError for another op.");
+#ifdef NLLX_WITH_CUDA
+  m.def("cuda_device", &cuda_device, py::arg("index"),
+        "What a GPU has answered that cuda_plan depends on: multiprocessors, shared_bytes, cluster_blocks, "
+        "cluster_error (why these are fewer than 8, else empty) and async_copies. Only in builds with CUDA.");
+#endif
   m.def("differentiate_level", &nllx::differentiate_level, py::arg("name"), py::arg("arguments"), py::arg("plain"),
         py::arg("results"),
         "Makes `results` those of the operator `name` in the graph of one level of torch.func.grad.");

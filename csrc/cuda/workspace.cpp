@@ -5,14 +5,30 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 
-#include <atomic>
+#include <mutex>
 #include <vector>
 
 #include "kernels/counters.h"
 
 namespace nllx {
 
-CudaDevice current_cuda_device() {
+namespace {
+
+// Asked once for a device, since it takes microseconds, by whatever context comes first.
+const ClusterBlocks& cluster_blocks_of(int device, const CudaDevice& properties) {
+  struct Answer {
+    std::once_flag asked;
+    ClusterBlocks blocks;
+  };
+  static std::vector<Answer> answers(static_cast<size_t>(c10::cuda::device_count()));
+  Answer& answer = answers[static_cast<size_t>(device)];
+  std::call_once(answer.asked, [&] { answer.blocks = most_cluster_blocks(properties); });
+  return answer.blocks;
+}
+
+}  // namespace
+
+CudaDeviceAnswers current_cuda_device_answers() {
   const int device = c10::cuda::current_device();
   CudaDevice properties;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device));
@@ -20,13 +36,14 @@ CudaDevice current_cuda_device() {
   int major = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   properties.async_copies = major >= 8;
-  // Asked once, since it takes microseconds. 0: not yet.
-  static std::vector<std::atomic<int>> cluster_blocks(static_cast<size_t>(c10::cuda::device_count()));
-  std::atomic<int>& known = cluster_blocks[static_cast<size_t>(device)];
-  if (known.load(std::memory_order_relaxed) == 0)
-    known.store(most_cluster_blocks(properties), std::memory_order_relaxed);
-  properties.cluster_blocks = known.load(std::memory_order_relaxed);
-  return plans_are_conservative() ? conservative(properties) : properties;
+  const ClusterBlocks& clusters = cluster_blocks_of(device, properties);
+  properties.cluster_blocks = clusters.most;
+  return {properties, clusters.error};
+}
+
+CudaDevice current_cuda_device() {
+  const CudaDevice device = current_cuda_device_answers().device;
+  return plans_are_conservative() ? conservative(device) : device;
 }
 
 unsigned* zero_counters(const at::TensorOptions& options, cudaStream_t stream, at::Tensor& owner) {

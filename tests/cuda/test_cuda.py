@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import Case, Problem, build
+from gpus import GPUS
 from oracle import answer
 from torch import Tensor
 from torch.testing import assert_close
@@ -41,6 +43,24 @@ _kinds = pytest.mark.parametrize("case", _KINDS, ids=str)
 def _no_pending_error() -> Iterator[None]:
     yield
     nllx.check_errors()
+
+
+@pytest.mark.parametrize("index", range(torch.cuda.device_count()))
+def test_what_the_device_answers(index: int) -> None:
+    """…is what its architecture has: clusters that one failed query has taken away would only show in the time."""
+    device, properties = _C.cuda_device(index), torch.cuda.get_device_properties(index)
+    assert device["multiprocessors"] == properties.multi_processor_count
+    assert device["async_copies"] == (properties.major >= 8)
+    known = GPUS.get(f"sm_{properties.major}{properties.minor}")
+    if known:
+        assert device["shared_bytes"] == known.shared_bytes
+    # Code for sm_90 or later may not have been built.
+    built = [int(name) for name in re.findall(r"\d+", _C.build_info()["cuda_architectures"].replace(".", ""))]
+    if properties.major >= 9 and max(built, default=90) >= 90:
+        assert (device["cluster_blocks"], device["cluster_error"]) == (8, "")
+    else:
+        assert device["cluster_blocks"] == 1
+        assert device["cluster_error"]
 
 
 def _step(problem: Problem) -> tuple[Tensor, Tensor]:

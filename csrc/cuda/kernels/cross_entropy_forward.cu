@@ -25,11 +25,13 @@ bool gradient_in_forward(const CudaPlan& plan) {
 
 }  // namespace
 
-int most_cluster_blocks(const CudaDevice& device) {
+ClusterBlocks most_cluster_blocks(const CudaDevice& device) {
   // The kernel that takes the most of a multiprocessor, with the most shared memory that a plan gives it.
   auto* const kernel = &cross_entropy_value_and_grad_block_rows_kernel<double, true>;
-  return most_cluster_blocks(reinterpret_cast<const void*>(kernel), 256, device.shared_bytes / 3,
-                             most_shared_bytes(device));
+  ClusterBlocks blocks;
+  blocks.most = most_cluster_blocks(reinterpret_cast<const void*>(kernel), 256, device.shared_bytes / 3,
+                                    most_shared_bytes(device), blocks.error);
+  return blocks;
 }
 
 LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, const CrossEntropyBackward* gradient,

@@ -62,28 +62,32 @@ void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// The most blocks that a cluster of a kernel's may have on the current device: 1 where it has no clusters, or the
-// kernel was compiled for architectures without. `most`: as for allow_shared.
-inline int most_cluster_blocks(const void* kernel, int threads, int shared_bytes, int most) {
+// The most blocks that a cluster of a kernel's may have on the current device, and why no more. `most`: as for
+// allow_shared.
+inline int most_cluster_blocks(const void* kernel, int threads, int shared_bytes, int most, const char*& error) {
   int device = 0, clusters = 0;
   cudaFuncAttributes attributes{};
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device) != cudaSuccess || !clusters ||
-      cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90 ||
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess) {
-    cudaGetLastError();  // nothing of this is an error of the launch to come
-    return 1;
-  }
-  for (int blocks = kMostClusterBlocks; blocks > 1; blocks /= 2) {
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  error = status != cudaSuccess        ? cudaGetErrorString(status)
+          : !clusters                  ? "the device has no thread-block clusters"
+          : attributes.ptxVersion < 90 ? "the code that runs here was compiled for architectures without clusters"
+                                       : "";
+  int blocks = *error ? 1 : kMostClusterBlocks;
+  for (; blocks > 1; blocks /= 2) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config =
         cluster_config(attribute, blocks, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
                        static_cast<size_t>(shared_bytes));
     int at_once = 0;
-    if (cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess && at_once > 0) return blocks;
-    cudaGetLastError();
+    status = cudaOccupancyMaxActiveClusters(&at_once, kernel, &config);
+    if (status == cudaSuccess && at_once > 0) break;
+    error = status == cudaSuccess ? "no larger cluster fits" : cudaGetErrorString(status);
   }
-  return 1;
+  cudaGetLastError();  // nothing of this is an error of the launch to come
+  return blocks;
 }
 
 // Of the cluster that this block is a part of: the block's number in it, and how many there are.

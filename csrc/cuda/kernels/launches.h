@@ -41,9 +41,13 @@ LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, c
 LossWorkspace nll_loss_workspace(const NllLossForward& p);
 LossWorkspace elementwise_workspace(const Elements& elements);
 
-// The most blocks of a thread-block cluster on the current device, whose other properties are given: 1 where it has no
-// clusters, or these kernels were compiled for architectures without.
-int most_cluster_blocks(const CudaDevice& device);
+// The most blocks of a thread-block cluster on the current device.
+struct ClusterBlocks {
+  int most = 1;
+  const char* error = "";  // why they are fewer than kMostClusterBlocks, for people; lives for ever
+};
+// `device`: its other properties.
+ClusterBlocks most_cluster_blocks(const CudaDevice& device);
 
 cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const LossReduction& r, FloatType type,
                                          const CudaDevice& device, BadTarget* bad, cudaStream_t stream);

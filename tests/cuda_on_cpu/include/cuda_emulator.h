@@ -225,7 +225,7 @@ void __stcs(T* p, T v) {
 }
 
 namespace nllx {
-inline int most_cluster_blocks(const void*, int, int, int) { return cuda_emulator::kMostClusterBlocks; }
+inline int most_cluster_blocks(const void*, int, int, int, const char*&) { return cuda_emulator::kMostClusterBlocks; }
 inline int cluster_rank() { return static_cast<int>(cuda_emulator::cluster_rank); }
 inline int cluster_blocks() { return static_cast<int>(cuda_emulator::cluster_blocks); }
 inline void cluster_arrive() { cuda_emulator::cluster_arrive(); }
