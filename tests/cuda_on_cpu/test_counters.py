@@ -6,7 +6,10 @@ import ctypes
 import itertools
 
 import pytest
-from launches import Kernels
+from cases import Case, build
+from comparison import variant
+from emulator import CudaDevice, KernelError, Kernels
+from launches import Settings, _Loss
 
 _BYTES = 4 * (1 + 1024)  # kCounters of csrc/cuda/kernels/launches.h
 
@@ -52,6 +55,17 @@ def test_memory_of_a_stream_is_its_own_and_the_runtimes(counters: _Counters) -> 
     spans = sorted((place, place + _BYTES) for place in places)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     assert all(ctypes.string_at(place, _BYTES) == bytes(_BYTES) for place in places)
+
+
+def test_zero_after_a_launch_that_is_refused(kernels: Kernels) -> None:
+    """…of which no block has run. What an error cuts off takes its context along (tests/cuda)."""
+    case = variant(Case("", "", (600, 100_000), reduction="sum"))
+    no_gpu = CudaDevice(1, 4 << 20)  # whose shared memory holds a row that no block may ask for
+    loss = _Loss(kernels, build(case), Settings(together=True, device=no_gpu))
+    with pytest.raises(KernelError, match="too much dynamic shared memory"):
+        loss.run()
+    assert loss.counters is not None
+    assert not loss.counters.any()
 
 
 def test_no_memory(counters: _Counters) -> None:

@@ -6,7 +6,8 @@
 namespace nllx {
 
 // kCounters zeros, in memory of the current device, that belong to the launches on `stream` for as long as the process
-// lives: they run one after the other, and each leaves zeros behind. Not for launches that are captured, or of
+// lives: they run one after the other, and each leaves zeros behind. One that is refused has run no block, and one that
+// an error cuts off takes its context along, and with it this memory. Not for launches that are captured, or of
 // cudaStreamPerThread, which run at once.
 //
 // The memory is cudaMalloc's and no tensor's. torch's allocator may be told to take it from a pool
