@@ -5,41 +5,53 @@
 
 namespace nllx {
 
+// Blocks of the kernel below that share a multiprocessor.
+template <typename T, bool kTerms>
+constexpr int kBackwardBlocks = kTerms || sizeof(T) == 8 ? 2 : 3;
+
 // Unit of work: a row by `threads_per_row` threads, or a part of one by each of `splits` blocks. 16-byte reads at any
 // alignment, kVectorsAtOnce of a thread in flight, and 16-byte writes where gradient and logits are equally aligned.
-// Precondition: class stride 1. Plan: CudaFamily::kBlockRows of CudaOp::kBackward.
+// Preconditions: class stride 1; threads_per_row is a power of two, and the whole block where splits is not 1. Plan:
+// CudaFamily::kBlockRows of CudaOp::kBackward.
 template <typename T, bool kTerms>
-__global__ void __launch_bounds__(256, kTerms ? 2 : 3)
+__global__ void __launch_bounds__(256, kBackwardBlocks<T, kTerms>)
     cross_entropy_backward_rows_kernel(CrossEntropyBackward p, int threads_per_row, int splits, const void* mass,
                                        BadTarget* bad) {
   constexpr int kSize = Vector<T>::kSize, kAtOnce = kTerms || sizeof(T) == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
-  const int t = threadIdx.x % threads_per_row, rows_at_once = blockDim.x / threads_per_row;
-  const int64_t rows = p.extent.rows(), units = (rows + rows_at_once - 1) / rows_at_once * splits;
-  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+  const int shift = log2_of(threads_per_row), t = static_cast<int>(threadIdx.x) & (threads_per_row - 1);
+  const int rows_at_once = static_cast<int>(blockDim.x) >> shift;
+  const int64_t rows = p.extent.rows();
+  for (int64_t unit = blockIdx.x;; unit += gridDim.x) {
     const int64_t group = splits == 1 ? unit : unit / splits;
     const int part = static_cast<int>(unit - group * splits);
-    const int64_t row = group * rows_at_once + threadIdx.x / threads_per_row;
-    if (row >= rows) continue;
+    const int64_t row = group * rows_at_once + (static_cast<int>(threadIdx.x) >> shift);
+    if (row >= rows) break;
     int64_t outer, inner;
     split_row(p.extent, row, outer, inner);
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
-    const RowGradient<T> gradient = saved_row_gradient<T>(p, row, outer, inner, mass, t == 0 && part == 0, bad, kTerms);
-    const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
-    const ClassRange mine(p.extent.classes, splits, part, kSize);
-    const int64_t n = mine.end - mine.begin;
+    const ClassRange mine =
+        splits == 1 ? ClassRange(p.extent.classes) : ClassRange(p.extent.classes, splits, part, kSize);
     x += mine.begin;
     grad += mine.begin;
-    for_classes<T, kAtOnce>(
-        x, n, t, threads_per_row, threads_per_row < 32 ? threads_per_row : 32,
-        [&](int64_t c, T value) { grad[c] = from_acc<T>(gradient(to_acc(value), mine.begin + c)); },
-        [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
+    ClassReader<T, kAtOnce> reader(x, mine.end - mine.begin, t, threads_per_row);
+    const RowGradient<T> gradient = saved_row_gradient<T>(p, row, outer, inner, mass, t == 0 && part == 0, bad, kTerms);
+    const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
+    // The target once for the row: in each vector it would keep a warp waiting for one thread. Its logit is read before
+    // the gradient may be written over it.
+    const int64_t target = gradient.target - mine.begin;
+    const bool takes_target = gradient.target >= 0 && reader.takes(target);
+    const T target_logit = takes_target ? x[target] : T();
+    reader.each([&](int64_t c, T value) { grad[c] = from_acc<T>(gradient(to_acc(value), mine.begin + c)); },
+                [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            const int64_t at = c + j * step;
-            if (at < tail) store_whole_vector(grad + at, gradient(vectors[j], mine.begin + at), aligned);
-          }
-        });
+                  for (int j = 0; j < kAtOnce; ++j) {
+                    const int64_t at = c + j * step;
+                    if (at < tail)
+                      store_whole_vector(grad + at, gradient.beside_target(vectors[j], mine.begin + at), aligned);
+                  }
+                });
+    if (takes_target) grad[target] = from_acc<T>(gradient(to_acc(target_logit), gradient.target));
   }
 }
 

@@ -416,6 +416,7 @@ __device__ __forceinline__ RowState<typename AccOf<T>::type> state_of_row(const 
 // The classes of a row that one of `splits` blocks takes.
 struct ClassRange {
   int64_t begin, end;
+  explicit __device__ __forceinline__ ClassRange(int64_t classes) : begin(0), end(classes) {}  // all of them
   __device__ __forceinline__ ClassRange(int64_t classes, int splits, int part, int granule) {
     const int64_t size = (classes + splits - 1) / splits, rounded = (size + granule - 1) / granule * granule;
     begin = part * rounded < classes ? part * rounded : classes;

@@ -294,14 +294,14 @@ struct RowVectors {
 };
 
 // Which vectors of a row a thread takes, as classes: first, first + step, ... (kCount of them, a batch), then the same
-// `next` further on. `width` threads side by side, a warp or a group of threads that divides one, take kCount * width
-// vectors that follow each other: where it is a constant the addresses of a batch differ by constants.
+// `next` further on. `width` threads side by side, a warp or all of fewer, take kCount * width vectors that follow each
+// other: where it is a constant the addresses of a batch differ by constants.
 template <typename T, int kCount>
 struct Share {
   int64_t first, next;
   int step;
   __device__ __forceinline__ Share(const RowVectors<T>& row, int t, int threads, int width)
-      : first(row.head + ((t / width) * kCount * width + t % width) * Vector<T>::kSize),
+      : first(row.head + (t / 32 * kCount * 32 + t % 32) * Vector<T>::kSize),  // of fewer than 32 threads: t
         next(static_cast<int64_t>(threads) * kCount * Vector<T>::kSize),
         step(width * Vector<T>::kSize) {}
 };
@@ -326,13 +326,12 @@ struct SingleElements {
   }
 };
 
-// Calls batch(c, step, tail, vectors) for the vectors that thread `t` takes, kCount at a time: those at c, c + step,
-// ... that begin before `tail`; and one(c, x) for its single elements.
+// Calls many(c, step, tail, vectors) for the vectors that thread `t` takes, kCount at a time: those at c, c + step, ...
+// that begin before `tail`; and one(c, x) for its single elements.
 template <typename T, int kCount, typename One, typename Many>
-__device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, int width, One one,
-                                            Many many) {
+__device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t, int threads, One one, Many many) {
   const RowVectors<T> part(row, classes);
-  const Share<T, kCount> share(part, t, threads, width);
+  const Share<T, kCount> share(part, t, threads, 32);
   const SingleElements<T> singles(row, classes, part, t);
   int64_t c = share.first;
   Batch<T, kCount> now;
@@ -342,6 +341,50 @@ __device__ __forceinline__ void for_classes(const T* row, int64_t classes, int t
   }
   singles.use(row, classes, part, t, threads, one);
 }
+
+// The same in two steps: the loads of the first batch begin when it is made, and go on while the thread finds out what
+// to do with them. `threads`: a power of two.
+template <typename T, int kCount>
+class ClassReader {
+ public:
+  __device__ __forceinline__ ClassReader(const T* row, int64_t classes, int t, int threads)
+      : row_(row),
+        classes_(classes),
+        t_(t),
+        threads_(threads),
+        part_(row, classes),
+        share_(part_, t, threads, threads < 32 ? threads : 32),
+        singles_(row, classes, part_, t) {
+    batch_.load(row, share_.first, share_.step, part_.tail);
+  }
+
+  // Whether class c lies in a vector of this thread's.
+  __device__ __forceinline__ bool takes(int64_t c) const {
+    const uint32_t v = static_cast<uint32_t>((c - part_.head) / Vector<T>::kSize);
+    const uint32_t thread = (v / (kCount * 32) * 32 + v % 32) & static_cast<uint32_t>(threads_ - 1);
+    return c >= part_.head && c < part_.tail && thread == static_cast<uint32_t>(t_);
+  }
+
+  // Once.
+  template <typename One, typename Many>
+  __device__ __forceinline__ void each(One one, Many many) {
+    for (int64_t c = share_.first; c < part_.tail;) {
+      many(c, share_.step, part_.tail, batch_.vectors);
+      c += share_.next;
+      if (c < part_.tail) batch_.load(row_, c, share_.step, part_.tail);
+    }
+    singles_.use(row_, classes_, part_, t_, threads_, one);
+  }
+
+ private:
+  const T* row_;
+  int64_t classes_;
+  int t_, threads_;
+  RowVectors<T> part_;
+  Share<T, kCount> share_;
+  SingleElements<T> singles_;
+  Batch<T, kCount> batch_;
+};
 
 // Where the vectors of a row are in shared memory: those that a warp takes at once lie side by side, kCount * 32 of
 // them, and each is read by the thread that has put it there. first(slot, c) is the first vector of a thread's batch,
@@ -444,7 +487,7 @@ struct Stream {
       for_classes_ahead<T, kCount>(row, classes, t, threads, ahead, RingPlace<T, kCount>(memory, t, threads), one,
                                    many);
     } else {
-      for_classes<T, kCount>(row, classes, t, threads, 32, one, many);
+      for_classes<T, kCount>(row, classes, t, threads, one, many);
     }
   }
 };
@@ -463,7 +506,7 @@ struct Keep {
     if (copies_are_async(ahead)) {
       for_classes_ahead<T, kCount>(row, classes, t, threads, kMostAhead, place, one, many);
     } else {
-      for_classes<T, kCount>(row, classes, t, threads, 32, one,
+      for_classes<T, kCount>(row, classes, t, threads, one,
                              [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
                                if (place.holds(c)) {
                                  Vector<T>* const first = place.first(0, c);
@@ -495,6 +538,9 @@ __device__ __forceinline__ void for_kept(const RowVectors<T>& part, const Keep<T
     each(c, part.tail, values);
   }
 }
+
+// Of a power of two. Threads are divided among rows by shifts: a division takes twenty instructions.
+__device__ __forceinline__ int log2_of(int power) { return __ffs(power) - 1; }
 
 // Row r of an extent as its outer and inner index, without a division where there is nothing to divide.
 __device__ __forceinline__ void split_row(const Extent& extent, int64_t row, int64_t& outer, int64_t& inner) {

@@ -43,7 +43,13 @@ struct RowGradient {
   __device__ __forceinline__ Vector<T> operator()(const Vector<T>& x, int64_t c) const {
     acc a[Vector<T>::kSize];
     if (has_terms) terms.load(c, a);
-    return of_vector(x, c, a);
+    return of_vector(x, a, place_of_target(c));
+  }
+  // The same but at the target, whose element this leaves wrong.
+  __device__ __forceinline__ Vector<T> beside_target(const Vector<T>& x, int64_t c) const {
+    acc a[Vector<T>::kSize];
+    if (has_terms) terms.load(c, a);
+    return of_vector(x, a, -1);
   }
   // The same where some of the vector's classes lie outside of the row, and have no probability and no weight to read.
   __device__ __forceinline__ Vector<T> partly(const Vector<T>& x, int c, int classes) const {
@@ -56,22 +62,33 @@ struct RowGradient {
         for (int i = 0; i < Vector<T>::kSize; ++i) a[i] = c + i >= 0 && c + i < classes ? terms(c + i) : acc(0);
       }
     }
-    return of_vector(x, c, a);
+    return of_vector(x, a, place_of_target(c));
   }
 
  private:
-  __device__ __forceinline__ Vector<T> of_vector(const Vector<T>& x, int64_t c, const acc* a) const {
-    // One comparison of 64 bits for the vector, not one for each element.
+  // In the vector that begins with class c, or -1. One comparison of 64 bits for all of its elements.
+  __device__ __forceinline__ int place_of_target(int64_t c) const {
     const int64_t ahead = target - c;
-    const int hit = ahead >= 0 && ahead < Vector<T>::kSize ? static_cast<int>(ahead) : -1;
-    return Vector<T>::of(
-        [&](int i) { return at(x[i], (has_terms ? a[i] : acc(0)) + (i == hit ? target_term : acc(0))); });
+    return ahead >= 0 && ahead < Vector<T>::kSize ? static_cast<int>(ahead) : -1;
   }
-  __device__ __forceinline__ acc at(acc x, acc a) const {
-    if (!counts) return acc(0);
-    const acc g = ka * exp_of_many(x - max);
+  __device__ __forceinline__ Vector<T> of_vector(const Vector<T>& x, const acc* a, int place) const {
+    Vector<T> v;
+    if (has_terms || place >= 0) {
+      v = Vector<T>::of(
+          [&](int i) { return less_term(x[i], (has_terms ? a[i] : acc(0)) + (i == place ? target_term : acc(0))); });
+    } else {  // almost all
+      v = Vector<T>::of([&](int i) { return without_term(x[i]); });
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.words[i] = counts ? v.words[i] : 0;  // once for a vector, not for each element
+    return v;
+  }
+  __device__ __forceinline__ acc at(acc x, acc a) const { return counts ? less_term(x, a) : acc(0); }
+  __device__ __forceinline__ acc less_term(acc x, acc a) const {
+    const acc g = without_term(x);
     return a == acc(0) ? g : g - k * a;  // k may be infinite where the divisor of the mean is zero
   }
+  __device__ __forceinline__ acc without_term(acc x) const { return ka * exp_of_many(x - max); }
 };
 
 // Of a row whose statistics the forward has saved. `mass`: of all rows, for probabilities.

@@ -6,6 +6,7 @@
 // Threads that wait for each other for ever, and collectives used against their rules, end the launch with a message.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -210,6 +211,8 @@ inline void __threadfence_system() {}
 template <typename T>
 T __ldg(const T* p) {
   return *p;
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 }
 template <typename T>
 T __ldcg(const T* p) {
