@@ -40,8 +40,14 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
       CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T, 1>), grid, block, 0, stream, p, plan.threads_per_row,
                   read_mass, bad);
     } else {
+      // Of rows that one batch of loads covers; blocks of longer ones have enough to do.
+      const bool resident = p.extent.classes <= int64_t{plan.threads_per_row} * kVectorsAtOnce * plan.vector_elements;
       with_terms(p.targets, [&](auto terms) {
-        CUDA_LAUNCH((cross_entropy_backward_rows_kernel<T, decltype(terms)::value>), grid, block, 0, stream, p,
+        constexpr bool kTerms = decltype(terms)::value;
+        const int64_t blocks = resident ? RESIDENT_BLOCKS((cross_entropy_backward_rows_kernel<T, kTerms>),
+                                                          plan.blocks(), plan.threads, 0, device.multiprocessors)
+                                        : plan.blocks();
+        CUDA_LAUNCH((cross_entropy_backward_rows_kernel<T, kTerms>), grid_of(blocks), block, 0, stream, p,
                     plan.threads_per_row, plan.splits, read_mass, bad);
       });
     }

@@ -81,8 +81,13 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
       } else {
         const auto shared = static_cast<size_t>(plan.shared_bytes);
         ALLOW_SHARED((cross_entropy_block_rows_kernel<T, kTerms>), plan.shared_bytes, most_shared_bytes(device));
-        CUDA_LAUNCH_CLUSTERS((cross_entropy_block_rows_kernel<T, kTerms>), plan.cluster, grid, block, shared, stream, p,
-                             r, plan.splits, plan.ahead, plan.rows_per_chunk, bad);
+        // Of small blocks, whose rows take no longer than the fence and the atomic at their end.
+        const int64_t blocks = plan.threads < 256 && plan.splits * plan.cluster == 1
+                                   ? RESIDENT_BLOCKS((cross_entropy_block_rows_kernel<T, kTerms>), plan.blocks(),
+                                                     plan.threads, plan.shared_bytes, device.multiprocessors)
+                                   : plan.blocks();
+        CUDA_LAUNCH_CLUSTERS((cross_entropy_block_rows_kernel<T, kTerms>), plan.cluster, grid_of(blocks, plan.cluster),
+                             block, shared, stream, p, r, plan.splits, plan.ahead, plan.rows_per_chunk, bad);
       }
     });
   });

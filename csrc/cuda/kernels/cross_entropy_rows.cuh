@@ -486,7 +486,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       if (threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
     }
     if (!finishes) continue;
-    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+    if (threadIdx.x == 0) store_chunk<T>(r, p.targets, chunk, chunks, sum);  // no other thread has finished rows
     ++done;
   }
   finish_loss<T>(r, p.targets, chunks, done, scratch);
@@ -552,7 +552,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
       for (int64_t c = part.tail + threadIdx.x; c < n; c += threads) single(c);
     }
     if (!first_block) continue;
-    add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
+    if (threadIdx.x == 0) store_chunk<T>(r, p.targets, chunk, chunks, sum);  // no other thread has finished rows
     ++done;
   }
   finish_loss<T>(r, p.targets, chunks, done, scratch);

@@ -17,6 +17,10 @@
 #define DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
 // Before every launch with dynamic shared memory: so much, of which launches of the kernel never have more than `most`.
 #define ALLOW_SHARED(kernel, bytes, most) nllx::allow_shared<(kernel)>(bytes, most)
+// So many blocks, of those that a problem has, that the device holds all of them at once: they walk over the work, and
+// what a block begins and ends with is paid once for each.
+#define RESIDENT_BLOCKS(kernel, blocks, threads, smem, multiprocessors) \
+  nllx::resident_blocks(kernel, blocks, threads, smem, multiprocessors)
 
 namespace nllx {
 // Both attributes are the current device's, and may be set while a stream is captured.
@@ -36,6 +40,19 @@ void allow_shared(int bytes, int most) {
   if (preferred.load(std::memory_order_relaxed) & bit) return;
   cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   preferred.fetch_or(bit, std::memory_order_relaxed);
+}
+template <typename... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                        int multiprocessors) {
+  if (blocks <= 16 * int64_t{multiprocessors}) return blocks;  // not worth the question, which takes microseconds
+  int of_multiprocessor = 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, threads,
+                                                    static_cast<size_t>(shared_bytes)) != cudaSuccess) {
+    cudaGetLastError();  // the grid is as right as another
+    return blocks;
+  }
+  const int64_t resident = int64_t{of_multiprocessor} * multiprocessors;
+  return resident > 0 && resident < blocks ? resident : blocks;
 }
 // `attribute` is the configuration's, and has to live as long.
 inline cudaLaunchConfig_t cluster_config(cudaLaunchAttribute& attribute, int cluster, dim3 grid, dim3 block,

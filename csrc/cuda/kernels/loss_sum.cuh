@@ -31,19 +31,25 @@ __device__ __forceinline__ void write_loss(const LossReduction& r, const Targets
   }
 }
 
-// The sum over the block's threads of what they know of a chunk; called by all threads. A problem of one chunk ends
-// here.
+// Of a whole chunk; called by one thread. A problem of one chunk ends here.
+template <typename T>
+__device__ __forceinline__ void store_chunk(const LossReduction& r, const Targets& targets, int64_t chunk,
+                                            int64_t chunks, const LossTerms& terms) {
+  if (chunks == 1) {
+    write_loss<T>(r, targets, terms.loss, terms.weight);
+  } else {
+    r.partials[2 * chunk] = terms.loss;
+    r.partials[2 * chunk + 1] = terms.weight;
+  }
+}
+
+// The sum over the block's threads of what they know of a chunk; called by all threads.
 template <typename T>
 __device__ __forceinline__ void add_chunk(const LossReduction& r, const Targets& targets, int64_t chunk, int64_t chunks,
-                                          const LossTerms& terms, double* scratch) {
-  const double loss = sum_in_block(terms.loss, scratch), weight = sum_in_block(terms.weight, scratch);
-  if (threadIdx.x != 0) return;
-  if (chunks == 1) {
-    write_loss<T>(r, targets, loss, weight);
-  } else {
-    r.partials[2 * chunk] = loss;
-    r.partials[2 * chunk + 1] = weight;
-  }
+                                          LossTerms terms, double* scratch) {
+  terms.loss = sum_in_block(terms.loss, scratch);
+  terms.weight = sum_in_block(terms.weight, scratch);
+  if (threadIdx.x == 0) store_chunk<T>(r, targets, chunk, chunks, terms);
 }
 
 // Whether this block completes a count: `done` of `all`. Called by all threads of the block, which are told the same.
@@ -54,8 +60,10 @@ __device__ __forceinline__ bool completes(unsigned* counter, unsigned done, unsi
   if (threadIdx.x == 0) {
     __threadfence();
     complete[0] = atomicAdd(counter, done) + done == all;
-    if (complete[0]) *counter = 0;
-    __threadfence();
+    if (complete[0]) {
+      *counter = 0;
+      __threadfence();  // before what the others have written is read
+    }
   }
   __syncthreads();  // the answer is there
   return complete[0] != 0;

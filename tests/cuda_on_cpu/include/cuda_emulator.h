@@ -123,6 +123,9 @@ void launch_kernel(const char* name, Kernel kernel, int cluster, dim3 grid, dim3
   T(&name)[n] = name##_storage.blocks[cuda_emulator::cluster_rank].values
 
 #define DYNAMIC_SHARED(name) uint4* const name = cuda_emulator::dynamic_shared_memory()
+// A device of two blocks to a multiprocessor.
+#define RESIDENT_BLOCKS(kernel, blocks, threads, smem, multiprocessors) \
+  std::min<int64_t>(blocks, 2 * int64_t{multiprocessors})
 #define ALLOW_SHARED(kernel, bytes, most) cuda_emulator::allow_shared(#kernel, bytes, most)
 
 #define threadIdx (cuda_emulator::thread_index)
@@ -208,11 +211,11 @@ inline void __threadfence_block() {}
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 template <typename T>
 T __ldg(const T* p) {
   return *p;
-inline int __ffs(int x) { return __builtin_ffs(x); }
-
 }
 template <typename T>
 T __ldcg(const T* p) {
