@@ -188,6 +188,34 @@ void check_loss_arguments(const LossArguments& a) {
   check_devices(a);
 }
 
+int64_t check_statistics_arguments(const char* op, const Tensor& logits, const OptionalTensor& target, int64_t dim,
+                                   int64_t ignore_index) {
+  TORCH_CHECK_INDEX(logits.dim() > 0, op,
+                    ": Dimension out of range: logits has no dimension, expected one for classes");
+  float_type(op, "logits", logits.scalar_type());
+  const int64_t class_dim = c10::maybe_wrap_dim(dim, logits.dim());
+  std::vector<int64_t> rows = logits.sizes().vec();
+  rows.erase(rows.begin() + class_dim);
+  TORCH_CHECK_INDEX(logits.size(class_dim) > 0 || std::find(rows.begin(), rows.end(), 0) != rows.end(), op,
+                    ": Expected reduction dim ", number(class_dim), " to have non-zero size: logits of shape ",
+                    list(logits.sizes()), " have no classes");
+  if (!target.has_value() || !target->defined()) return class_dim;
+  const at::ScalarType dtype = target->scalar_type();
+  TORCH_CHECK(is_index_dtype(dtype), op,
+              ": expected target dtype to be Long or Byte (or another integer, or Bool), but got ", dtype,
+              "; call target.long()");
+  TORCH_CHECK(target->sizes() == at::IntArrayRef(rows), op, ": Expected target size ", list(rows), ", got ",
+              list(target->sizes()), ": one class index for each row of logits of shape ", list(logits.sizes()),
+              ", whose classes are dimension ", number(class_dim));
+  TORCH_CHECK(dtype != ScalarType::UInt64 || ignore_index != INT64_MAX, op, ": ignore_index ", number(ignore_index),
+              " cannot be told from larger indices in a target of dtype UInt64; take another one");
+  TORCH_CHECK(target->device() == logits.device(), op,
+              ": Expected all tensors to be on the same device, but found at least two devices, ",
+              logits.device().str(), " (logits) and ", target->device().str(),
+              " (target); call target.to(logits.device)");
+  return class_dim;
+}
+
 void raise_bad_target(const char* op, at::IntArrayRef sizes, int64_t row, int64_t value, int64_t classes,
                       int64_t ignore_index) {
   std::vector<int64_t> position(sizes.size());

@@ -33,6 +33,10 @@ bool targets_are_probabilities(const LossArguments& args);
 // Checks all but the values of the target, in torch's order: input, shapes, dtypes, options, weight, devices.
 void check_loss_arguments(const LossArguments& args);
 
+// softmax_statistics: logits along `dim`, and an index for each row or none. Returns `dim`, counted from the first.
+int64_t check_statistics_arguments(const char* op, const at::Tensor& logits, const OptionalTensor& target, int64_t dim,
+                                   int64_t ignore_index);
+
 // An index that is neither a class nor ignore_index; `row` counts through the target in row-major order.
 [[noreturn]] void raise_bad_target(const char* op, at::IntArrayRef target_sizes, int64_t row, int64_t value,
                                    int64_t classes, int64_t ignore_index);

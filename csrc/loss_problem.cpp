@@ -109,6 +109,26 @@ LossProblem make_loss_problem(const LossArguments& args, std::optional<ScalarTyp
   return p;
 }
 
+LossProblem make_statistics_problem(const char* op, const Tensor& logits, const OptionalTensor& target, int64_t dim,
+                                    int64_t ignore_index) {
+  LossProblem p;
+  p.class_dim = check_statistics_arguments(op, logits, target, dim, ignore_index);
+  p.input = aligned(logits);
+  p.row_sizes = at::DimVector(logits.sizes());
+  p.row_sizes.erase(p.row_sizes.begin() + p.class_dim);
+  p.acc_dtype = p.loss_dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (target.has_value() && target->defined()) {
+    check_memory(op, "target", *target);
+    p.index = aligned(target->contiguous());
+    // Of no rows too: whether there is a target is whether there is an index.
+    static const int64_t none = 0;
+    p.targets.index = p.index.numel() > 0 ? p.index.const_data_ptr() : &none;
+    p.targets.index_type = index_type(p.index.scalar_type());
+  }
+  p.targets.ignore_index = ignore_index;
+  return p;
+}
+
 Tensor incoming_gradient(const Tensor& grad_output, const LossProblem& loss, const char* op, int64_t reduction,
                          const void*& pointer, int64_t& stride) {
   const bool per_row = is_per_row(reduction);

@@ -41,6 +41,11 @@ struct LossProblem {
 // that of input, target and weight promoted for probability targets.
 LossProblem make_loss_problem(const LossArguments& args, std::optional<at::ScalarType> loss_dtype);
 
+// The rows of logits along `dim` with an index target or none, in the order of a contiguous target. Raises for bad
+// arguments.
+LossProblem make_statistics_problem(const char* op, const at::Tensor& logits, const OptionalTensor& target, int64_t dim,
+                                    int64_t ignore_index);
+
 // The incoming gradient in acc, one per row or one in all; sets pointer and stride.
 at::Tensor incoming_gradient(const at::Tensor& grad_output, const LossProblem& loss, const char* op, int64_t reduction,
                              const void*& pointer, int64_t& stride);

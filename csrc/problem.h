@@ -103,6 +103,37 @@ struct NllLossBackward {
   Strides grad_strides;
 };
 
+// Functions of the softmax of each row. `targets`: an index alone, or none.
+struct SoftmaxStatisticsForward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  const void* logits = nullptr;
+  Strides logits_strides;
+  Targets targets;
+  // rows() numbers of acc each, contiguous; null where they are not asked for.
+  void* log_prob = nullptr;
+  void* logsumexp = nullptr;
+  void* entropy = nullptr;
+  int64_t* prediction = nullptr;
+  void* row_stats =
+      nullptr;  // rows() times (max, log_sum, mean of x - max under the softmax); zeros for an ignored row
+};
+
+struct SoftmaxStatisticsBackward {
+  Extent extent;
+  Layout layout = Layout::kRows;
+  const void* logits = nullptr;
+  Strides logits_strides;
+  Targets targets;
+  const void* row_stats = nullptr;
+  // acc, one per row; null: zeros.
+  const void* grad_log_prob = nullptr;
+  const void* grad_logsumexp = nullptr;
+  const void* grad_entropy = nullptr;
+  void* grad_logits = nullptr;
+  Strides grad_strides;
+};
+
 struct LogSoftmaxForward {
   Extent extent;
   Layout layout = Layout::kRows;

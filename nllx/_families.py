@@ -52,6 +52,9 @@ ROWS = [
     Row("block rows, cluster, kept in part, loads ahead", "log_softmax", (16, 262_144)),
     Row("planes", "log_softmax", (40, 21, 33, 35)),
     Row("planes, shared classes", "log_softmax", (4, 300, 7, 7)),
+    Row("statistics, rows by some of a warp", "softmax_statistics", (2048, 100)),
+    Row("statistics, rows by a block", "softmax_statistics", (352, 5003)),
+    Row("statistics, planes", "softmax_statistics", (40, 21, 33, 35)),
     Row("rows of targets", "nll_loss", (2048, 1000)),
     Row("rows of targets", "nll_loss", (40, 21, 33, 35)),
     Row("elements, vectors", "mse_loss", (1000, 1003)),
@@ -142,7 +145,8 @@ def problem(row: Row, dtype: torch.dtype, label_smoothing: float, device: torch.
     rows = (row.shape[0], *row.shape[2:])
     target = torch.randint(row.shape[1], rows, device=device, generator=generator)
     target.view(-1)[1::7] = -100
-    return Problem(row.op, x, target, normal(row.shape if row.op == "log_softmax" else ()), label_smoothing)
+    outputs = {"log_softmax": row.shape, "softmax_statistics": (3, *rows)}
+    return Problem(row.op, x, target, normal(outputs.get(row.op, ())), label_smoothing)
 
 
 def answer(problem: Problem) -> Answer:
@@ -156,10 +160,12 @@ def answer(problem: Problem) -> Answer:
         output = functional.log_softmax(x, 1)
     elif problem.op == "nll_loss":
         output = functional.nll_loss(x, problem.target, reduction="sum")
+    elif problem.op == "softmax_statistics":
+        output = torch.stack(torch.ops.nllx.softmax_statistics(x, problem.target, 1)[:3])
     else:
         output = functional.mse_loss(x, problem.target, reduction="sum")
     torch.full_like(x, math.nan)
-    (grad,) = torch.autograd.grad(output, x, problem.gradient)
+    (grad,) = torch.autograd.grad(output, x, problem.gradient.to(output.dtype))
     if problem.op != "cross_entropy":
         return Answer(output.detach(), grad)
     in_place = problem.input.clone()
@@ -194,6 +200,19 @@ def errors(problem: Problem, answer: Answer) -> list[float]:
         difference = x - problem.target.double()
         return [_error(answer.output, (difference**2).sum(), 0.0), _error(answer.grad, 2 * g * difference, 0.0)]
     counts = problem.target != -100
+    if problem.op == "softmax_statistics":
+        log_p = torch.log_softmax(x, 1)
+        p, of_class = log_p.exp(), [t.unsqueeze(1) for t in g]
+        hit = torch.zeros_like(p).scatter_(1, problem.target.clamp(min=0).unsqueeze(1), 1)
+        entropy = -(p * log_p).sum(1)
+        expected = torch.stack([(log_p * hit).sum(1), torch.logsumexp(x, 1), entropy]) * counts
+        logs = log_p + entropy.unsqueeze(1)
+        grad = hit * of_class[0] + p * (of_class[1] - of_class[0] - of_class[2] * logs)
+        size = hit * of_class[0].abs() + p * (
+            of_class[0].abs() + of_class[1].abs() + of_class[2].abs() * (logs.abs() + 16)
+        )
+        rows = counts.unsqueeze(1)
+        return [_error(answer.output, expected, 16.0), _error(answer.grad, grad * rows, size * rows)]
     smoothing = problem.label_smoothing
     # By the definition: in torch's gradient of a smoothed loss the coefficients are added up, as many as there are classes.
     target = torch.full_like(x, smoothing / x.shape[1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,15 @@ from nllx._arguments import (
 from nllx._operators.losses import in_onnx_export
 from nllx._operators.shapes import MEAN_OR_ZERO
 
-__all__ = ["cross_entropy", "cross_entropy_value_and_grad", "log_softmax", "mse_loss", "nll_loss"]
+__all__ = [
+    "SoftmaxStatistics",
+    "cross_entropy",
+    "cross_entropy_value_and_grad",
+    "log_softmax",
+    "mse_loss",
+    "nll_loss",
+    "softmax_statistics",
+]
 
 # Bound once: looking an overload up costs as much as a small kernel.
 _cross_entropy = torch.ops.nllx.cross_entropy.default
@@ -39,6 +48,7 @@ _cross_entropy_value_and_grad_out = torch.ops.nllx.cross_entropy_value_and_grad_
 _nll_loss = torch.ops.nllx.nll_loss.default
 _log_softmax = torch.ops.nllx.log_softmax.default
 _mse_loss = torch.ops.nllx.mse_loss.default
+_softmax_statistics = torch.ops.nllx.softmax_statistics.default
 
 
 # torch's own, for what knows only those. importlib.reload keeps them: nllx.patch may have put others in their place.
@@ -383,6 +393,165 @@ def log_softmax(
     if in_onnx_export():
         return _TORCHS["log_softmax"](input, dim, dtype=dtype)
     return _log_softmax(input, dim, dtype)
+
+
+class SoftmaxStatistics(NamedTuple):
+    """What :func:`softmax_statistics` returns: tensors of the shape of the rows, or None for what was not asked for."""
+
+    log_prob: Tensor | None
+    logsumexp: Tensor | None
+    entropy: Tensor | None
+    prediction: Tensor | None
+
+
+def _statistics_of(cls: type[SoftmaxStatistics], *values: Any, **named: Any) -> SoftmaxStatistics:
+    """From the statistics, or from an iterable of them, as classes of tensors make torch's named tuples anew."""
+    if len(values) == 1 and not named:
+        return tuple.__new__(cls, values[0])
+    return _new_statistics(cls, *values, **named)
+
+
+_new_statistics = SoftmaxStatistics.__new__
+SoftmaxStatistics.__new__ = _statistics_of  # type: ignore[method-assign, assignment]
+
+
+def softmax_statistics(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    dim: int = -1,
+    ignore_index: int = -100,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    outputs: Iterable[str] | None = None,
+) -> SoftmaxStatistics:
+    r"""Functions of the softmax of each row of logits, from one pass over them, each with its gradient.
+
+    The classes are compared after :math:`z = t \tanh(s x / t) / T` with softcap :math:`t`, or :math:`z = s x / T` without
+    one. With :math:`p = \operatorname{softmax}(z)`:
+
+    .. math::
+        \text{log\_prob} = \log p_y, \quad
+        \text{logsumexp} = \log \sum_c e^{z_c}, \quad
+        \text{entropy} = -\sum_c p_c \log p_c, \quad
+        \text{prediction} = \operatorname{argmax}_c z_c .
+
+    The gradient of the logits, from the incoming ones :math:`g`, is
+
+    .. math::
+        p_c \left(g_\text{logsumexp} - g_\text{log\_prob} - g_\text{entropy} (\log p_c + H)\right)
+        + [c = y]\, g_\text{log\_prob} .
+
+    Args:
+        logits: Any shape with a dimension of classes; float32, float64, bfloat16 or float16, in any layout.
+        target: A class index for each row: the shape of ``logits`` without ``dim``, any integer dtype.
+        dim: The dimension of the classes.
+        ignore_index: Rows with this class index have 0 for all statistics, -1 for the prediction, and no gradient, whatever
+            they hold.
+        logit_scale: :math:`s`: a number, a tensor of no dimension, or one number per row (the shape of ``target``). A tensor
+            that requires grad gets its gradient.
+        softcap: :math:`t`, positive (Gemma 2: 30). A logit of -inf is then -t and no mask.
+        temperature: :math:`T`, as ``logit_scale``; a number has to be positive.
+        outputs: The names of the statistics that are wanted. By default all; ``"log_prob"`` where there is a target.
+
+    Returns:
+        ``SoftmaxStatistics(log_prob, logsumexp, entropy, prediction)``, each of the shape of ``logits`` without ``dim``:
+        float32, or float64 for float64 logits; ``prediction`` is int64, the first class of the largest logit (of NaN, as
+        :func:`torch.argmax` has it), without a gradient. None for what is not wanted. A class of -inf has the probability 0
+        and adds nothing to the entropy; of a row of nothing else logsumexp is -inf and the entropy NaN.
+
+    Raises:
+        IndexError: a class index is neither a class nor ``ignore_index``, ``dim`` is out of range, or rows have no classes.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        ValueError: an option has a value that makes no sense.
+        TypeError: an argument has another Python type.
+        NotImplementedError: the dtype has no kernel, or the tensors are nested.
+
+    Cost:
+        The forward reads the logits once and saves them with three numbers per row, the backward reads them once and writes
+        the gradient once, whatever was asked for. Scale, softcap and temperature are torch's operations on the logits in
+        float32, before them.
+    """
+    if has_torch_function_variadic(logits, target):
+        refuse_nested("softmax_statistics", logits)
+        return handle_torch_function(
+            softmax_statistics,
+            (logits, target),
+            logits,
+            target,
+            dim=dim,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            outputs=outputs,
+        )
+    check_tensors("softmax_statistics", logits=logits, **({} if target is None else {"target": target}))
+    refuse_nested("softmax_statistics", logits)
+    dim = integer("softmax_statistics", "dim", dim)
+    ignore_index = integer("softmax_statistics", "ignore_index", ignore_index)
+    names = SoftmaxStatistics._fields
+    wanted = {name for name in names if name != "log_prob" or target is not None} if outputs is None else set(outputs)
+    if not wanted <= set(names) or isinstance(outputs, str):
+        raise ValueError(f"softmax_statistics: outputs must be of {', '.join(names)}, but got {outputs!r}")
+    if "log_prob" in wanted and target is None:
+        raise ValueError("softmax_statistics: log_prob is of a target, and none was given")
+    z = _compared("softmax_statistics", logits, dim, logit_scale, softcap, temperature)
+    function = _operators.softmax_statistics.forward if in_onnx_export() else _softmax_statistics
+    results = function(z, target, dim, ignore_index, "entropy" in wanted, "prediction" in wanted)
+    return SoftmaxStatistics(
+        *(result if name in wanted else None for name, result in zip(names, results, strict=False))
+    )
+
+
+def _compared(
+    op: str,
+    logits: Tensor,
+    dim: int,
+    logit_scale: float | Tensor,
+    softcap: float | None,
+    temperature: float | Tensor,
+) -> Tensor:
+    """What the classes are compared by: the logits after scale, softcap and temperature, in float32 or wider."""
+
+    def factor(name: str, value: float | Tensor) -> float | Tensor:
+        if isinstance(value, Tensor):
+            if value.is_complex() or value.dtype == torch.bool:
+                raise TypeError(
+                    f"{op}(): argument '{name}' must be a real number or a tensor of them, not {value.dtype}"
+                )
+            if value.dim() == 0:
+                return value.to(acc)
+            rows = [*logits.shape[: dim % logits.dim()], *logits.shape[dim % logits.dim() + 1 :]]
+            if list(value.shape) != rows:
+                raise ValueError(
+                    f"{op}: {name} must be a number, a tensor of no dimension or one number per row, of shape {rows}, but got "
+                    f"shape {list(value.shape)}"
+                )
+            return value.to(acc).unsqueeze(dim)
+        number = real(op, name, value)
+        if not math.isfinite(number) or (name == "temperature" and number <= 0):
+            wanted = "a positive number" if name == "temperature" else "a finite number"
+            raise ValueError(f"{op}: {name} must be {wanted}, but got {value!r}")
+        return number
+
+    if not isinstance(logit_scale, Tensor) and not isinstance(temperature, Tensor) and softcap is None:
+        if logit_scale == 1.0 and temperature == 1.0:
+            return logits
+    if not logits.is_floating_point() or logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
+        return logits  # which the operator refuses
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scale, divisor = factor("logit_scale", logit_scale), factor("temperature", temperature)
+    z = logits.to(acc)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        z = z * scale
+    if softcap is not None:
+        cap = real(op, "softcap", softcap)
+        if not (math.isfinite(cap) and cap > 0):
+            raise ValueError(f"{op}: softcap must be a positive number, but got {softcap!r}")
+        z = cap * torch.tanh(z / cap)
+    return z / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else z
 
 
 def mse_loss(

@@ -29,7 +29,7 @@ class Case:
     """One problem.
 
     name, why: unique identifier, and the reason for the row.
-    op: one of ``OPERATORS`` or ``ELEMENTWISE``.
+    op: one of ``OPERATORS`` or ``ELEMENTWISE``, or softmax_statistics, of which a loss is made.
     shape: ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; any shape for log_softmax.
     layout, target_layout, weight_layout: a key of ``LAYOUTS``.
     target: "index" or a key of ``PROBABILITIES``.
@@ -147,11 +147,13 @@ class Problem:
     def call(self, functional: Any) -> Tensor:
         """The case computed by ``torch.nn.functional``, ``nllx.functional`` or anything with their functions."""
         case = self.case
-        function = getattr(functional, case.op)
+        function = getattr(functional, case.op, None)
         if case.op in ELEMENTWISE:
             return function(self.input, self.target, weight=self.weight, reduction=case.reduction)
         if case.op == "log_softmax":
             return function(self.input, case.dim, dtype=case.out_dtype)
+        if case.op == "softmax_statistics":
+            return _of_statistics(functional, self.input, self.target, case)
         options = {"ignore_index": case.ignore_index, "reduction": case.reduction}
         if case.op == "cross_entropy":
             options["label_smoothing"] = case.label_smoothing
@@ -167,6 +169,26 @@ class Problem:
             return arguments
         arguments = (*arguments, case.ignore_index)
         return (*arguments, case.label_smoothing) if case.op == "cross_entropy" else arguments
+
+
+def _of_statistics(functional: Any, x: Tensor, target: Tensor, case: Case) -> Tensor:
+    """A loss of each row from its statistics, reduced: of nllx's, or of what stands for them in torch's functions."""
+    dim = case.class_dim
+    if hasattr(functional, "softmax_statistics"):
+        log_prob, logsumexp, entropy, _ = functional.softmax_statistics(
+            x, target, dim=dim, ignore_index=case.ignore_index
+        )
+    else:
+        counts = target != case.ignore_index
+        x = torch.where(counts.unsqueeze(dim), x.float() if x.dtype in (bfloat16, float16) else x, 0.0)
+        log_p = functional.log_softmax(x, dim)
+        index = torch.where(counts, target, 0).unsqueeze(dim)
+        log_prob = torch.where(counts, log_p.gather(dim, index).squeeze(dim), 0.0)
+        # Of torch's own the forward derivative cannot be differentiated.
+        logsumexp = torch.where(counts, (x - log_p).select(dim, 0), 0.0)
+        entropy = torch.where(counts, -(log_p.exp() * log_p).sum(dim), 0.0)
+    losses = 0.1 * logsumexp.square() - log_prob - 0.3 * entropy
+    return losses if case.reduction == "none" else getattr(losses, case.reduction)()
 
 
 # Layouts: each takes a contiguous tensor and returns one of equal values (or, for the expanded ones, of equal first

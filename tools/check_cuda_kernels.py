@@ -58,6 +58,10 @@ REGISTER_BUDGETS = {
     "nll_loss_forward_kernel": 80,
     "probability_mass_planes_kernel": 72,
     "probability_mass_rows_kernel": 80,
+    "softmax_statistics_backward_planes_kernel": 64,
+    "softmax_statistics_backward_rows_kernel": 80,
+    "softmax_statistics_planes_kernel": 176,
+    "softmax_statistics_rows_kernel": 88,
 }
 
 
@@ -77,6 +81,8 @@ VECTORS = {
     "mse_loss_backward_kernel": (True, True),
     "mse_loss_forward_kernel": (True, True),
     "nll_loss_backward_kernel": (False, True),
+    "softmax_statistics_backward_rows_kernel": (True, True),
+    "softmax_statistics_rows_kernel": (True, False),
 }
 # Kernels of which some instances take elements one by one: the part of a mangled name that says that one does not.
 IN_VECTORS = dict.fromkeys(("mse_loss_backward_kernel", "mse_loss_forward_kernel"), "Lb1E")

@@ -1,4 +1,5 @@
-// The chunks of a cross entropy on torch's thread pool. Without tensors, so that tests/fuzz runs it too.
+// The chunks of what is made of the rows of logits on torch's thread pool. Without tensors, so that tests/fuzz runs it
+// too.
 #pragma once
 
 #include <vector>
@@ -7,25 +8,36 @@
 
 namespace nllx {
 
-// type: FloatType of the logits. Long rows that are few are summed in segments, and then merged.
-inline ChunkResult run_cross_entropy_forward(const CpuKernels& kernels, const CrossEntropyForward& p, int type) {
+// Long rows that are few are summed in segments, and then merged.
+template <typename Problem>
+ChunkResult run_forward(CpuKernels::LossKernel<Problem> whole, CpuKernels::SegmentKernel<Problem> segment,
+                        CpuKernels::MergeKernel<Problem> merge, const Problem& p) {
   const Chunks chunks(p.extent, p.layout, /*split_rows=*/true);
   if (chunks.segments == 1) {
-    return sum_over_chunks(
-        chunks, [&](int64_t chunk, ChunkResult& r) { kernels.cross_entropy_forward[type](p, chunks, chunk, r); });
+    return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { whole(p, chunks, chunk, r); });
   }
   std::vector<RowPart> parts(static_cast<size_t>(chunks.units));
   for_each_chunk(chunks, [&](int64_t chunk) {
     for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
-      kernels.cross_entropy_forward_segment[type](p, chunks, unit, parts[static_cast<size_t>(unit)]);
+      segment(p, chunks, unit, parts[static_cast<size_t>(unit)]);
     }
   });
   ChunkResult total;
   for (int64_t row = 0; row < p.extent.rows(); ++row) {
-    kernels.cross_entropy_forward_merge[type](p, row, &parts[static_cast<size_t>(row * chunks.segments)],
-                                              chunks.segments, total);
+    merge(p, row, &parts[static_cast<size_t>(row * chunks.segments)], chunks.segments, total);
   }
   return total;
+}
+
+// type: FloatType of the logits.
+inline ChunkResult run_cross_entropy_forward(const CpuKernels& kernels, const CrossEntropyForward& p, int type) {
+  return run_forward(kernels.cross_entropy_forward[type], kernels.cross_entropy_forward_segment[type],
+                     kernels.cross_entropy_forward_merge[type], p);
+}
+inline ChunkResult run_softmax_statistics_forward(const CpuKernels& kernels, const SoftmaxStatisticsForward& p,
+                                                  int type) {
+  return run_forward(kernels.softmax_statistics_forward[type], kernels.softmax_statistics_forward_segment[type],
+                     kernels.softmax_statistics_forward_merge[type], p);
 }
 
 // The losses, and the gradient as for an incoming gradient of one, with a divisor that is known: the forward and the

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from nllx._operators import checked_target, cross_entropy, functorch, log_softmax, mse_loss, nll_loss
+from nllx._operators import (
+    checked_target,
+    cross_entropy,
+    functorch,
+    log_softmax,
+    mse_loss,
+    nll_loss,
+    softmax_statistics,
+)
 
-OPERATORS = (*cross_entropy.OPERATORS, *nll_loss.OPERATORS, *log_softmax.OPERATORS, *mse_loss.OPERATORS)
+OPERATORS = (
+    *cross_entropy.OPERATORS,
+    *nll_loss.OPERATORS,
+    *log_softmax.OPERATORS,
+    *mse_loss.OPERATORS,
+    *softmax_statistics.OPERATORS,
+)
 
 
 def register(library: torch.library.Library) -> None:

@@ -83,6 +83,37 @@ class CrossEntropyBackward(ctypes.Structure):
     ]
 
 
+class SoftmaxStatisticsForward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("logits", c_void_p),
+        ("logits_strides", Strides),
+        ("targets", Targets),
+        ("log_prob", c_void_p),
+        ("logsumexp", c_void_p),
+        ("entropy", c_void_p),
+        ("prediction", c_void_p),
+        ("row_stats", c_void_p),
+    ]
+
+
+class SoftmaxStatisticsBackward(ctypes.Structure):
+    _fields_ = [
+        ("extent", Extent),
+        ("layout", c_uint8),
+        ("logits", c_void_p),
+        ("logits_strides", Strides),
+        ("targets", Targets),
+        ("row_stats", c_void_p),
+        ("grad_log_prob", c_void_p),
+        ("grad_logsumexp", c_void_p),
+        ("grad_entropy", c_void_p),
+        ("grad_logits", c_void_p),
+        ("grad_strides", Strides),
+    ]
+
+
 class NllLossForward(ctypes.Structure):
     _fields_ = [
         ("extent", Extent),
@@ -263,6 +294,8 @@ class CudaPlan(ctypes.Structure):
 _STRUCTS = (
     CrossEntropyForward,
     CrossEntropyBackward,
+    SoftmaxStatisticsForward,
+    SoftmaxStatisticsBackward,
     NllLossForward,
     NllLossBackward,
     LogSoftmaxForward,

@@ -16,6 +16,7 @@ from compilation import CSRC, kernels_library
 from elementwise import ElementwiseCase, check_mse_loss
 from emulator import ASCENDING, DESCENDING, RANDOM, CudaDevice, KernelError, Kernels
 from launches import Settings, run
+from softmax_statistics import StatisticsCase, check_softmax_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Mutation:
     old: str
     new: str
     source: str
-    cases: Sequence[Case | ElementwiseCase | Problem]  # of a problem nothing but that it runs is looked at
+    cases: Sequence[
+        Case | ElementwiseCase | StatisticsCase | Problem
+    ]  # of a problem nothing but that it runs is looked at
     error: type[Exception] | tuple[type[Exception], ...]
     message: str = ""
     settings: Sequence[Settings] = (Settings(),)
@@ -40,7 +43,7 @@ BLOCK_ROWS = Case("", "", (5, 1101), reduction="none")
 BAD_ROWS = build(variant(Case("", "", (5, 40))))
 BAD_ROWS.target.fill_(40)
 SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
-LOG_SOFTMAX = "log_softmax.cu"
+LOG_SOFTMAX, STATISTICS = "log_softmax.cu", "softmax_statistics.cu"
 CLUSTER_ROWS = Case("", "", (7, 3001), op="log_softmax")
 CLUSTERS_THAT_WALK = [
     Settings(device=CudaDevice(1, 24 << 10, 4), order=order, most_blocks=1) for order in (DESCENDING, RANDOM)
@@ -117,6 +120,15 @@ MUTATIONS = [
              "head + static_cast<int64_t>(kept) * Vector<T>::kSize", "head + static_cast<int64_t>(kept + 1) * Vector<T>::kSize",
              FORWARD, [variant(BLOCK_ROWS, reduction="mean")], KernelError, "written behind its end|AddressSanitizer",
              [Settings(together=True, device=CudaDevice(2, 24 << 10))]),
+    Mutation("a moment that stays behind when the maximum moves", "softmax_statistics.cuh",
+             "moment = (moment + sum * not_vanished(shift)) * factor;", "moment *= factor;",
+             STATISTICS, [StatisticsCase((9, 300))], AssertionError),
+    Mutation("the last of equal classes predicted", "softmax_statistics.cuh",
+             "return a < b ? a : b;", "return a < b && b != INT64_MAX ? b : a < b ? a : b;",
+             STATISTICS, [StatisticsCase((8, 9), special=True)], AssertionError),
+    Mutation("no barrier before the states of other warps are read", "softmax_statistics.cuh",
+             "__syncthreads();  // the states of all warps are there", "",
+             STATISTICS, [StatisticsCase((3, 5003))], AssertionError, "", DISORDER),
     Mutation("a copy used before it has come", "elements.cuh",
              "wait_for_copies(ahead - 1);", "",
              LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", [Settings()]),
@@ -150,6 +162,8 @@ def _check(kernels: Kernels, mutation: Mutation) -> None:
                 check_mse_loss(kernels, case, settings)
             elif isinstance(case, Problem):
                 run(kernels, case, settings)
+            elif isinstance(case, StatisticsCase):
+                check_softmax_statistics(kernels, case, settings)
             else:
                 check(variant(case), run(kernels, build(variant(case)), settings))
 

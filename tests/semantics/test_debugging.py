@@ -342,7 +342,7 @@ def test_mistakes_raise_as_ever() -> None:
 
 def test_every_function_runs_while_debugging() -> None:
     x, t = torch.randn(3, 5), torch.tensor([0, 4, 2])
-    arguments = {"log_softmax": (x, 1), "mse_loss": (x, x.flip(0))}
+    arguments = {"log_softmax": (x, 1), "mse_loss": (x, x.flip(0)), "SoftmaxStatistics": (x, x, x, t)}
     for name in nllx.functional.__all__:
         function = getattr(nllx.functional, name)
         expected = function(*arguments.get(name, (x, t)))

@@ -47,7 +47,8 @@ def test_signature_of_module(name: str) -> None:
 
 def test_public_names() -> None:
     assert set(_MODULES) == set(nllx.modules.__all__) <= set(nllx.__all__)
-    assert set(nllx.functional.__all__) == {*_FUNCTIONS, "cross_entropy_value_and_grad"}
+    own = {"cross_entropy_value_and_grad", "softmax_statistics", "SoftmaxStatistics"}
+    assert set(nllx.functional.__all__) == {*_FUNCTIONS, *own}
     for name in (*_MODULES, "functional"):
         assert getattr(nllx, name).__doc__
 

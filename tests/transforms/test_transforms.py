@@ -30,6 +30,7 @@ OPS: dict[str, tuple[dict[str, Any], bool]] = {
     "nll_loss": ({"op": "nll_loss", "weight": "positive", "ignored": "some"}, True),
     "log_softmax": ({"op": "log_softmax"}, True),
     "mse_loss": ({"op": "mse_loss", "target": "any_numbers", "weight": "positive"}, False),
+    "softmax_statistics": ({"op": "softmax_statistics", "ignored": "some"}, True),
 }
 _SHAPES: dict[str, dict[str, Any]] = {
     "rows_mean": {"shape": (3, 4)},

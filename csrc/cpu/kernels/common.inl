@@ -14,11 +14,21 @@ constexpr acc kLowest = -static_cast<acc>(__builtin_inf());
 
 // How the classes other than an index target's enter the loss.
 enum class Terms {
-  kNone,          // not at all
-  kUniform,       // a_c = ε / C: label smoothing of an index target
-  kWeighted,      // a_c = w_c ε / C: the same with weights
-  kProbabilities  // a_c = w_c ((1 - ε) p_c + ε / C)
+  kNone,           // not at all
+  kUniform,        // a_c = ε / C: label smoothing of an index target
+  kWeighted,       // a_c = w_c ε / C: the same with weights
+  kProbabilities,  // a_c = w_c ((1 - ε) p_c + ε / C)
+  kMoment          // a_c = exp(x_c - max), which refers to the maximum too: Σ a (x - max) is the sum's first moment
 };
+
+// x - max where its product with exp(x - max) is asked for: below, that exponential is 0 in every type, and -inf times
+// it would be NaN.
+template <typename acc>
+constexpr acc kVanishing = acc(-1e4);
+template <typename acc>
+NLLX_INLINE Vec<acc> not_vanished(Vec<acc> v) {
+  return select(v < kVanishing<acc>, broadcast(kVanishing<acc>), v);
+}
 
 // The coefficients a_c of the classes; `P` is the element type of the probabilities.
 template <typename acc, typename P>

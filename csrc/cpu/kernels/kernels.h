@@ -72,17 +72,23 @@ struct CpuKernels {
   template <typename Problem>
   using MapKernel = void (*)(const Problem&, const Chunks&, int64_t chunk);
 
-  using SegmentKernel = void (*)(const CrossEntropyForward&, const Chunks&, int64_t unit, RowPart&);
-  using MergeKernel = void (*)(const CrossEntropyForward&, int64_t row, const RowPart*, int64_t count, ChunkResult&);
+  template <typename Problem>
+  using SegmentKernel = void (*)(const Problem&, const Chunks&, int64_t unit, RowPart&);
+  template <typename Problem>
+  using MergeKernel = void (*)(const Problem&, int64_t row, const RowPart*, int64_t count, ChunkResult&);
 
   // Indexed by FloatType of the logits. Where rows are split, the forward is the segment kernel for each unit, then the
   // merge kernel for each row.
   LossKernel<CrossEntropyForward> cross_entropy_forward[4];
-  SegmentKernel cross_entropy_forward_segment[4];
-  MergeKernel cross_entropy_forward_merge[4];
+  SegmentKernel<CrossEntropyForward> cross_entropy_forward_segment[4];
+  MergeKernel<CrossEntropyForward> cross_entropy_forward_merge[4];
   LossKernel<CrossEntropyBackward> cross_entropy_backward[4];
   LossKernel<NllLossForward> nll_loss_forward[4];
   LossKernel<NllLossBackward> nll_loss_backward[4];
+  LossKernel<SoftmaxStatisticsForward> softmax_statistics_forward[4];
+  SegmentKernel<SoftmaxStatisticsForward> softmax_statistics_forward_segment[4];
+  MergeKernel<SoftmaxStatisticsForward> softmax_statistics_forward_merge[4];
+  LossKernel<SoftmaxStatisticsBackward> softmax_statistics_backward[4];
   MapKernel<LogSoftmaxForward> log_softmax_forward[4];
   MapKernel<LogSoftmaxBackward> log_softmax_backward[4];
   LossKernel<ElementwiseForward> mse_loss_forward[4];

@@ -15,6 +15,7 @@ namespace {
 #include "planes.inl"
 #include "short_rows.inl"
 #include "cross_entropy.inl"
+#include "softmax_statistics.inl"
 #include "nll_loss.inl"
 #include "log_softmax.inl"
 #include "elementwise.inl"
@@ -31,6 +32,10 @@ const CpuKernels kernels = {
     NLLX_PER_TYPE(cross_entropy_backward),
     NLLX_PER_TYPE(nll_loss_forward),
     NLLX_PER_TYPE(nll_loss_backward),
+    NLLX_PER_TYPE(softmax_statistics_forward),
+    NLLX_PER_TYPE(softmax_statistics_forward_segment),
+    NLLX_PER_TYPE(softmax_statistics_forward_merge),
+    NLLX_PER_TYPE(softmax_statistics_backward),
     NLLX_PER_TYPE(log_softmax_forward),
     NLLX_PER_TYPE(log_softmax_backward),
     NLLX_PER_TYPE(mse_loss_forward),

@@ -59,13 +59,17 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     Vec<acc> v[K];
     const Vec<acc> before = load(s.max + i);
     Vec<acc> max = before;
+    Mask<acc> highest{};  // kMoment: the class of the maximum, the first of equal ones
+    if constexpr (kTerms == Terms::kMoment) memcpy(&highest, s.mass + i, sizeof highest);
 #pragma GCC unroll 4
     for (int u = 0; u < K; ++u) {
       prefetch(next + u * stride + i);
       v[u] = load_some(x + u * stride + i, k, acc(0));
+      if constexpr (kTerms == Terms::kMoment) highest = select(v[u] > max, Mask<acc>{} + (number + u), highest);
       max = max_not_nan(max, v[u]);
     }
     store(s.max + i, max);
+    if constexpr (kTerms == Terms::kMoment) memcpy(s.mass + i, &highest, sizeof highest);
     const Vec<acc> moved = before - max;
     Vec<acc> d[K], e[K + 1] = {moved};
 #pragma GCC unroll 4
@@ -74,6 +78,7 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     Vec<acc> sum = load(s.sum + i) * e[0];
     Vec<acc> dot{}, mass{};
     if constexpr (kTerms != Terms::kNone) dot = load(s.dot + i);
+    if constexpr (kTerms == Terms::kMoment) dot = dot * e[0] + sum * not_vanished<acc>(moved);
     // Without any mass there is nothing to move, be it from the smallest number by infinity.
     if constexpr (kScalarTerms) {
       if (mass_before != acc(0)) dot += mass_before * moved;
@@ -86,6 +91,8 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
       sum += e[u + 1];
       if constexpr (kTerms == Terms::kUniform) {
         dot += terms.uniform * d[u];
+      } else if constexpr (kTerms == Terms::kMoment) {
+        dot += e[u + 1] * not_vanished<acc>(d[u]);
       } else if constexpr (kTerms != Terms::kNone) {
         const Vec<acc> a = tile_coefficients<kTerms>(terms, c + u, i, k);
         dot += weighted_vec<acc>(a, d[u]);
@@ -116,12 +123,15 @@ template <Terms kTerms, typename acc>
 NLLX_INLINE void end_block(int width, acc mass_before, TileSums<acc>& s, BlockTotals<acc>& t, bool first) {
   NLLX_FOR_VECTORS(i, k, width) {
     const Vec<acc> max = load(s.max + i);
-    Vec<acc> sum{}, rest{}, moved{};
+    Vec<acc> sum{}, rest{}, moved{}, factor{};
+    [[maybe_unused]] Vec<acc> earlier{}, earlier_rest{};
     if (!first) {
       moved = load(t.max + i) - max;
-      const Vec<acc> factor = exp_vec(moved);
-      sum = load(t.sum + i) * factor;
-      rest = load(t.rest + i) * factor;
+      factor = exp_vec(moved);
+      earlier = load(t.sum + i);
+      earlier_rest = load(t.rest + i);
+      sum = earlier * factor;
+      rest = earlier_rest * factor;
     }
     add_with_rest(sum, rest, load(s.sum + i));
     store(t.sum + i, sum);
@@ -137,7 +147,12 @@ NLLX_INLINE void end_block(int width, acc mass_before, TileSums<acc>& s, BlockTo
           mass = load(t.mass + i);
           mass_rest = load(t.mass_rest + i);
         }
-        add_with_rest(dot, dot_rest, select(mass == acc(0), Vec<acc>{}, mass * moved));
+        if constexpr (kTerms == Terms::kMoment) {
+          dot = (dot + earlier * not_vanished<acc>(moved)) * factor;
+          dot_rest = (dot_rest + earlier_rest * not_vanished<acc>(moved)) * factor;
+        } else {
+          add_with_rest(dot, dot_rest, select(mass == acc(0), Vec<acc>{}, mass * moved));
+        }
       }
       add_with_rest(dot, dot_rest, load(s.dot + i));
       store(t.dot + i, dot);
@@ -216,7 +231,9 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     store(s.sum + i, sum);
     // A row of nothing but -inf has no maximum above the smallest number.
     store(s.max + i, select((max == kSmallest<acc>)&(sum == acc(0)), Vec<acc>{}, max));
-    if constexpr (kTerms != Terms::kProbabilities) store(s.mass + i, broadcast(static_cast<acc>(mass)));
+    if constexpr (kTerms != Terms::kProbabilities && kTerms != Terms::kMoment) {
+      store(s.mass + i, broadcast(static_cast<acc>(mass)));
+    }
   }
 }
 

@@ -12,9 +12,15 @@ struct RowSums {
   double sum = 0;   // Σ exp(x - max)
   double dot = 0;   // Σ a (x - max)
   double mass = 0;  // Σ a
+  // kMoment: the first classes among which the maximum is.
+  int64_t highest = 0, highest_classes = 0;
 
+  template <Terms kTerms>
   void refer_to(acc new_max) {
     const double shift = static_cast<double>(finite_max(max)) - static_cast<double>(finite_max(new_max));
+    if constexpr (kTerms == Terms::kMoment) {
+      if (!is_minus_infinity(max)) dot = (dot + sum * shift) * exp(shift);
+    }
     if (!is_minus_infinity(max)) sum *= exp(shift);  // else it is zero, or NaN
     if (mass != 0) dot += mass * shift;              // without any, there is nothing to move, be it by infinity
     max = new_max;
@@ -22,14 +28,16 @@ struct RowSums {
   RowStats<acc> stats() const { return {finite_max(max), static_cast<acc>(log(sum))}; }
 };
 
-template <typename acc>
+template <Terms kTerms, typename acc>
 NLLX_INLINE RowSums<acc> merged(RowSums<acc> a, RowSums<acc> b) {
+  const bool second = b.max > a.max;
   if (a.max > b.max) {
-    b.refer_to(a.max);
+    b.template refer_to<kTerms>(a.max);
   } else if (b.max > a.max) {
-    a.refer_to(b.max);
+    a.template refer_to<kTerms>(b.max);
   }
-  return {a.max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass};
+  const RowSums<acc>& higher = second ? b : a;
+  return {a.max, a.sum + b.sum, a.dot + b.dot, a.mass + b.mass, higher.highest, higher.highest_classes};
 }
 
 // Terms that a lane adds in acc before the sum of the lanes is added to a double: equal numbers are rounded in one
@@ -92,6 +100,8 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
       sum[u] += e[u];
       if constexpr (kTerms == Terms::kUniform) {
         dot[u] += k == L ? v[u] : select(first_lanes<acc>(k), v[u], Vec<acc>{});
+      } else if constexpr (kTerms == Terms::kMoment) {
+        dot[u] += e[u] * not_vanished<acc>(v[u]);
       } else if constexpr (kTerms != Terms::kNone) {
         const Vec<acc> a = row_coefficients<kTerms>(terms, start + first + u * L, k);
         dot[u] += weighted_vec<acc>(a, v[u]);
@@ -116,6 +126,8 @@ NLLX_INLINE RowSums<acc> block_sums(const T* row, int64_t start, int64_t n, int6
   if constexpr (kTerms == Terms::kUniform) {
     result.dot = static_cast<double>(terms.uniform) * sum_of_lanes<acc>(dot[0]);
     result.mass = static_cast<double>(terms.uniform) * static_cast<double>(n);
+  } else if constexpr (kTerms == Terms::kMoment) {
+    result.dot = sum_of_lanes<acc>(dot[0]);
   } else if constexpr (kTerms != Terms::kNone) {
     result.dot = sum_of_lanes<acc>(dot[0]);
     result.mass = sum_of_lanes<acc>(mass[0]);
@@ -145,9 +157,13 @@ NLLX_INLINE RowSums<acc> segment_sums(const T* row, int64_t begin, int64_t end, 
     }
     if (!summed) {
       s.max = reference;
-      s.refer_to(block_maximum);
+      s.template refer_to<kTerms>(block_maximum);
       reference = block_maximum;
       block = block_sums<kTerms, false, T, acc, P>(row, start, n, ahead, finite_max(reference), terms);
+    }
+    if (kTerms == Terms::kMoment && block_maximum > max) {
+      s.highest = start;
+      s.highest_classes = n;
     }
     max = block_maximum > max ? block_maximum : max;
     s.sum += block.sum;
@@ -155,7 +171,7 @@ NLLX_INLINE RowSums<acc> segment_sums(const T* row, int64_t begin, int64_t end, 
     s.mass += block.mass;
   }
   s.max = reference;
-  if (max > reference) s.refer_to(max);
+  if (max > reference) s.template refer_to<kTerms>(max);
   return s;
 }
 
@@ -166,7 +182,7 @@ NLLX_INLINE RowSums<acc> row_sums(const T* row, int64_t classes, int64_t next_ro
     const int64_t end = classes - begin < Chunks::kSegment ? classes : begin + Chunks::kSegment;
     const int64_t next = (end < classes ? end : next_row) - begin;
     const RowSums<acc> segment = segment_sums<kTerms, T, acc, P>(row, begin, end, next, terms);
-    s = begin == 0 ? segment : merged(s, segment);
+    s = begin == 0 ? segment : merged<kTerms>(s, segment);
   }
   return s;
 }
@@ -250,7 +266,7 @@ void merge_row_segments(const CrossEntropyForward& p, int64_t row, const RowPart
   RowSums<acc> s;
   for (int64_t i = 0; i < count; ++i) {
     const RowSums<acc> part{static_cast<acc>(parts[i].max), parts[i].sum, parts[i].dot, parts[i].mass};
-    s = i == 0 ? part : merged(s, part);
+    s = i == 0 ? part : merged<kTerms>(s, part);
   }
   finish_forward_row<T, kTerms, P>(p, row, x, y, terms, s, result);
 }

@@ -62,6 +62,10 @@ cudaError_t launch_nll_loss_forward(const NllLossForward& p, const LossReduction
                                     cudaStream_t stream);
 cudaError_t launch_nll_loss_backward(const NllLossBackward& p, FloatType type, const CudaDevice& device, BadTarget* bad,
                                      cudaStream_t stream);
+cudaError_t launch_softmax_statistics_forward(const SoftmaxStatisticsForward& p, FloatType type, BadTarget* bad,
+                                              cudaStream_t stream);
+cudaError_t launch_softmax_statistics_backward(const SoftmaxStatisticsBackward& p, FloatType type, BadTarget* bad,
+                                               cudaStream_t stream);
 cudaError_t launch_log_softmax_forward(const LogSoftmaxForward& p, FloatType type, const CudaDevice& device,
                                        cudaStream_t stream);
 cudaError_t launch_log_softmax_backward(const LogSoftmaxBackward& p, FloatType type, const CudaDevice& device,

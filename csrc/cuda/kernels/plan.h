@@ -97,6 +97,8 @@ NLLX_MEMBER constexpr int state_vectors(int element_bytes, bool has_terms) {
 // are enough loads in flight without, since four blocks share a multiprocessor.
 NLLX_MEMBER constexpr bool reads_ahead(int element_bytes, bool has_terms) { return has_terms || element_bytes != 4; }
 constexpr int kMostAhead = 3;  // batches of loads on their way
+// softmax_statistics: threads of a block, of which a row has some of a warp, or all.
+constexpr int kStatisticsThreads = 256;
 // Rows that are split over blocks: at most so many, each with a counter.
 constexpr int kMostSplitRows = 1024, kMostSplits = 64;
 constexpr int kMostClusterBlocks = 8;  // that every GPU with clusters allows

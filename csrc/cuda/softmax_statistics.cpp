@@ -1,0 +1,25 @@
+#include "../entries/softmax_statistics.h"
+
+#include "device.h"
+
+namespace nllx {
+
+namespace {
+
+struct CudaSoftmaxStatistics : Cuda {
+  using Cuda::Cuda;
+
+  void forward(const SoftmaxStatisticsForward& p, const LossArguments& /*args*/, const LossProblem& loss) const {
+    check(launch_softmax_statistics_forward(p, loss.float_type(), bad_target_record(), stream));
+  }
+  void backward(const SoftmaxStatisticsBackward& p, const LossArguments& /*args*/, const LossProblem& loss,
+                const at::Tensor& /*computed*/) const {
+    check(launch_softmax_statistics_backward(p, loss.float_type(), bad_target_record(), stream));
+  }
+};
+
+TORCH_LIBRARY_IMPL(nllx, CUDA, m) { SoftmaxStatisticsEntries<CudaSoftmaxStatistics>::implement(m); }
+
+}  // namespace
+
+}  // namespace nllx

@@ -1,0 +1,32 @@
+#pragma once
+
+#include "loss.h"
+
+namespace nllx {
+
+// Functions of the softmax of each row along `dim`. What is not asked for has no elements: log_prob without a target,
+// entropy and prediction without their flags.
+struct SoftmaxStatistics {
+  static constexpr const char* kSchema =
+      "softmax_statistics(Tensor logits, Tensor? target=None, int dim=-1, SymInt ignore_index=-100, bool "
+      "with_entropy=True, bool with_prediction=True) -> (Tensor log_prob, Tensor logsumexp, Tensor entropy, Tensor "
+      "prediction)";
+  using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor& logits,
+                                                                               const OptionalTensor& target,
+                                                                               int64_t dim, c10::SymInt ignore_index,
+                                                                               bool with_entropy, bool with_prediction);
+
+  template <typename Forward, typename... A>
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> apply(const Forward& forward,
+                                                                          const A&... arguments) {
+    auto [log_prob, logsumexp, entropy, prediction, row_stats] = forward(arguments...);
+    return {log_prob, logsumexp, entropy, prediction};
+  }
+
+  // Its results are float32 or wider anyway.
+  static constexpr bool kCpuAutocast = false;
+  template <typename Arguments>
+  static void autocast(Arguments& /*arguments*/, c10::DeviceType /*device*/) {}
+};
+
+}  // namespace nllx
