@@ -610,6 +610,123 @@ void fuzz_nll_loss(Bytes& in, const Problem& p, const std::vector<CpuCapability>
   }
 }
 
+void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuCapability>& all) {
+  const Extent& e = p.extent;
+  if (p.size() == 0) return;
+  const FloatType acc = p.acc64 ? FloatType::kFloat64 : FloatType::kFloat32;
+  const int type = static_cast<int>(p.type);
+  const int64_t rows = e.rows();
+  Stream random(in.word());
+  Array logits(p.type, e, strides_of(in, p.layout, e, true), in.below(16));
+  fill(logits, p.values, random, false, p.type);
+  Targets t;
+  t.ignore_index = in.flip() ? -100 : 1;
+  t.index_type = static_cast<IndexType>(in.below(8));
+  std::vector<uint8_t> indices;
+  fill_indices(indices, t.index_type, rows, e.classes, p.in_range, random, t.ignore_index);
+  if (in.below(4) != 0) t.index = indices.data();
+  const bool with_entropy = in.flip(), with_prediction = in.flip(), stream = in.flip();
+  const int64_t grads = in.below(8), shift = in.below(16);
+  const Strides written = strides_of(in, p.layout, e, false);
+  const Extent numbers{1, rows, 1};
+  const Strides one_each{0, 1, 0};
+  for (const CpuCapability& capability : all) {
+    const char* name = capability.name.c_str();
+    Array log_prob(acc, numbers, one_each, 0), logsumexp(acc, numbers, one_each, 0), entropy(acc, numbers, one_each, 0),
+        stats(acc, {1, 3 * rows, 1}, one_each, 0);
+    std::vector<int64_t> prediction(static_cast<size_t>(rows), -7);
+    SoftmaxStatisticsForward f;
+    f.extent = e;
+    f.layout = p.layout;
+    f.logits = logits.data();
+    f.logits_strides = logits.strides();
+    f.targets = t;
+    if (t.index) f.log_prob = log_prob.data();
+    f.logsumexp = logsumexp.data();
+    if (with_entropy) f.entropy = entropy.data();
+    if (with_prediction) f.prediction = prediction.data();
+    f.row_stats = stats.data();
+    const ChunkResult total = run_softmax_statistics_forward(*capability.kernels, f, type);
+    if (total.bad_target >= 0) continue;  // the operator raises
+
+    Array of_log_prob(acc, numbers, one_each, 0), of_logsumexp(acc, numbers, one_each, 0),
+        of_entropy(acc, numbers, one_each, 0), gradient(p.type, e, written, shift);
+    for (int64_t row = 0; row < rows; ++row) {
+      of_log_prob.set(row, 2 * random.unit() - 1);
+      of_logsumexp.set(row, 2 * random.unit() - 1);
+      of_entropy.set(row, 2 * random.unit() - 1);
+    }
+    SoftmaxStatisticsBackward b;
+    b.extent = e;
+    b.layout = p.layout;
+    b.logits = logits.data();
+    b.logits_strides = logits.strides();
+    b.targets = t;
+    b.row_stats = stats.data();
+    if (t.index && (grads & 1)) b.grad_log_prob = of_log_prob.data();
+    if (grads & 2) b.grad_logsumexp = of_logsumexp.data();
+    if (grads & 4) b.grad_entropy = of_entropy.data();
+    b.grad_logits = gradient.data();
+    b.grad_strides = written;
+    Chunks chunks(e, p.layout, /*split_rows=*/true);
+    chunks.stream = stream;
+    run(b, chunks, capability.kernels->softmax_statistics_backward[type]);
+    gradient.check_gaps("gradient of softmax_statistics");
+
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
+      const bool ignored = t.index && y == t.ignore_index;
+      if (with_prediction) {
+        // As torch.argmax has it: the first of the largest, and NaN is the largest.
+        int64_t largest = ignored ? -1 : 0;
+        for (int64_t c = 1; c < e.classes && !ignored; ++c) {
+          const double best = logits.get(o, largest, i), x = logits.get(o, c, i);
+          if (!std::isnan(best) && (std::isnan(x) || x > best)) largest = c;
+        }
+        expect(prediction[static_cast<size_t>(row)] == largest, p, name, "prediction",
+               static_cast<double>(prediction[static_cast<size_t>(row)]), static_cast<double>(largest));
+      }
+      if (ignored) {
+        expect(logsumexp.get(row) == 0, p, name, "logsumexp of an ignored row", logsumexp.get(row), 0);
+        for (int64_t c = 0; c < e.classes; ++c) {
+          expect(gradient.get(o, c, i) == 0, p, name, "gradient of an ignored row", gradient.get(o, c, i), 0);
+        }
+        continue;
+      }
+      if (p.values != Values::kTame) continue;
+      const Exact lse = log_sum_exp(logits, e, o, i);
+      Exact exact_entropy = 0;
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const Exact l = logits.get(o, c, i) - lse;
+        exact_entropy -= std::exp(l) * l;
+      }
+      const double tolerance = 64 * epsilon_of(acc) * (1 + std::fabs(static_cast<double>(lse)) + 16);
+      expect(near(logsumexp.get(row), static_cast<double>(lse), tolerance), p, name, "logsumexp", logsumexp.get(row),
+             static_cast<double>(lse));
+      if (with_entropy) {
+        expect(near(entropy.get(row), static_cast<double>(exact_entropy), tolerance), p, name, "entropy",
+               entropy.get(row), static_cast<double>(exact_entropy));
+      }
+      if (t.index) {
+        const auto expected = static_cast<double>(logits.get(o, y, i) - lse);
+        expect(near(log_prob.get(row), expected, tolerance), p, name, "log_prob", log_prob.get(row), expected);
+      }
+      const double g_y = b.grad_log_prob ? of_log_prob.get(row) : 0,
+                   g_lse = b.grad_logsumexp ? of_logsumexp.get(row) : 0,
+                   g_entropy = b.grad_entropy ? of_entropy.get(row) : 0;
+      for (int64_t c = 0; c < e.classes; ++c) {
+        const Exact l = logits.get(o, c, i) - lse;
+        const auto expected =
+            static_cast<double>(std::exp(l) * (g_lse - g_y - g_entropy * (l + exact_entropy)) + (c == y ? g_y : 0));
+        expect(near(gradient.get(o, c, i), expected,
+                    tolerance + 2 * epsilon_of(p.type) * std::fabs(expected) +
+                        (p.type == FloatType::kFloat16 ? 0x1p-24 : 0)),
+               p, name, "gradient of softmax_statistics", gradient.get(o, c, i), expected);
+      }
+    }
+  }
+}
+
 void fuzz_log_softmax(Bytes& in, const Problem& p, const std::vector<CpuCapability>& all) {
   const Extent& e = p.extent;
   if (p.size() == 0) return;
@@ -780,7 +897,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<CpuCapability> all = runnable_cpu_capabilities();
   Bytes in(data, size);
   const Problem p = decode(in);
-  switch (in.below(5)) {
+  switch (in.below(6)) {
     case 0:
       fuzz_nll_loss(in, p, all);
       break;
@@ -789,6 +906,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       break;
     case 1:
       fuzz_log_softmax(in, p, all);
+      break;
+    case 3:
+      fuzz_softmax_statistics(in, p, all);
       break;
     default:
       fuzz_losses(in, p, all);
