@@ -11,7 +11,9 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -62,6 +64,7 @@ struct Fiber {
     size_t bytes;
     void make() const { std::memcpy(to, from, bytes); }
   };
+  uint64_t barriers = 0;                 // that it has passed
   std::vector<Copy> open;                // since the last commit
   std::deque<std::vector<Copy>> groups;  // on their way, the oldest first
 };
@@ -230,6 +233,47 @@ void describe_deadlock() {
   error.pop_back();
 }
 
+// What warps access of shared memory, if it is counted: 32 banks have a word of four bytes each, of which one goes to
+// the warp in a cycle. Accesses of 8 bytes take a half of the warp at a time, of 16 bytes a quarter.
+struct SharedAccess {
+  const char* file;
+  int line;
+  uint64_t barriers, warp;
+  unsigned number;  // of the lane's accesses there
+  bool operator<(const SharedAccess& o) const {
+    return std::tie(file, line, barriers, warp, number) < std::tie(o.file, o.line, o.barriers, o.warp, o.number);
+  }
+};
+struct LaneAccess {
+  unsigned lane;
+  uintptr_t first_word, last_word;
+};
+bool counts_banks = false;
+std::map<SharedAccess, std::vector<LaneAccess>> shared_accesses;  // of the block
+std::map<SharedAccess, unsigned> numbers;                         // of a lane's accesses to one place so far
+std::map<std::string, unsigned> most_cycles;  // of a part of a warp that could do with one, by place
+
+unsigned cycles(const std::vector<LaneAccess>& lanes) {
+  std::map<uintptr_t, std::set<uintptr_t>> banks;
+  for (const LaneAccess& access : lanes)
+    for (uintptr_t word = access.first_word; word <= access.last_word; ++word) banks[word % kWarp].insert(word);
+  size_t most = 0;
+  for (const auto& [bank, words] : banks) most = std::max(most, words.size());
+  return static_cast<unsigned>(most);
+}
+
+void count_banks() {
+  for (const auto& [access, lanes] : shared_accesses) {
+    const auto words = lanes[0].last_word - lanes[0].first_word + 1;
+    std::map<uintptr_t, std::vector<LaneAccess>> parts;
+    for (const LaneAccess& of_lane : lanes) parts[of_lane.lane / (kWarp / words)].push_back(of_lane);
+    unsigned& most = most_cycles[std::string(access.file) + ":" + std::to_string(access.line)];
+    for (const auto& [part, of_part] : parts) most = std::max(most, cycles(of_part));
+  }
+  shared_accesses.clear();
+  numbers.clear();
+}
+
 // Shared memory as it is before a block begins.
 void clear_shared() {
   for (const Shared& array : shared_arrays()) {
@@ -264,6 +308,7 @@ bool run_cluster(unsigned first) {
     Fiber& fiber = fibers[i];
     fiber.state = Fiber::State::kReady;
     fiber.arrived = false;
+    fiber.barriers = 0;
     fiber.open.clear();
     fiber.groups.clear();
     fiber.rank = i / threads;
@@ -306,6 +351,7 @@ bool run_cluster(unsigned first) {
   const auto done = [](const Fiber& fiber) { return fiber.state == Fiber::State::kDone; };
   if (error.empty() && !std::all_of(fibers, fibers + all, done)) describe_deadlock();
   if (error.empty()) check_dynamic_shared();
+  count_banks();
   if (error.empty()) return true;
   for (unsigned i = 0; i < all; ++i) fibers[i].has_context = false;  // they stand inside a kernel
   return false;
@@ -372,6 +418,15 @@ void allow_shared(const char* kernel, int bytes, int most) {
   allowed_bytes = static_cast<size_t>(bytes);
 }
 
+void note_shared(const void* p, size_t bytes, Site site) {
+  if (!counts_banks) return;
+  const uint64_t warp = current->rank * kMostWarps + current->thread / kWarp;
+  SharedAccess access{site.file, site.line, current->barriers, warp, lane};
+  access.number = numbers[access]++;
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  shared_accesses[access].push_back({lane, begin / 4, (begin + bytes - 1) / 4});
+}
+
 void copy_async(void* to, const void* from, size_t bytes) {
   const Fiber::Copy copy{to, from, bytes};
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
@@ -401,6 +456,7 @@ void check_atomic(const void* p) {
 
 int block_barrier(const char* name, Vote vote, int predicate) {
   Block& block = blocks[current->rank];
+  ++current->barriers;
   if (block.at_barrier == 0) block.votes = 0;
   block.votes += predicate != 0;
   if (++block.at_barrier < threads) {
@@ -561,6 +617,16 @@ EXPORT void emulator_configure(uint64_t order, unsigned most_blocks) {
   cuda_emulator::most_blocks = most_blocks;
   cuda_emulator::launch_log.clear();
   cuda_emulator::last_message.clear();
+}
+// Whether accesses of shared memory are counted from now on; the most cycles that a part of a warp took for one since
+// the last call, a line for each place in the source. A part needs one.
+EXPORT const char* emulator_banks(bool count) {
+  static std::string log;
+  log.clear();
+  for (const auto& [place, cycles] : cuda_emulator::most_cycles) log += place + "\t" + std::to_string(cycles) + "\n";
+  cuda_emulator::most_cycles.clear();
+  cuda_emulator::counts_banks = count;
+  return log.c_str();
 }
 EXPORT const char* emulator_launches() { return cuda_emulator::launch_log.c_str(); }
 // Why a launch failed, or what was undefined in host code; otherwise empty.

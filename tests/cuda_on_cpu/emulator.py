@@ -349,6 +349,8 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_error.restype = c_char_p
         self.library.emulator_launches.restype = c_char_p
+        self.library.emulator_banks.restype = c_char_p
+        self.library.emulator_banks.argtypes = [c_bool]
         self.library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint]
         self.library.emulator_host_memory.argtypes = [c_void_p, ctypes.c_size_t]
         self.launched: list[Launch] = []  # since the list was last emptied
@@ -367,6 +369,16 @@ class Emulator:
         for line in self.library.emulator_launches().decode().splitlines():
             kernel, *numbers = line.split("\t")
             self.launched.append(Launch(kernel.strip("()"), *map(int, numbers)))
+
+    def count_banks(self, count: bool) -> dict[str, int]:
+        """Whether the launches that follow count their accesses of shared memory, and what those before have counted.
+
+        The most cycles that the lanes of a warp took to access 128 bytes at once, which are one if no two of them meet
+        in a bank: by the place in the source, "row_state.cuh:90".
+        """
+        lines = self.library.emulator_banks(count).decode().splitlines()
+        places = (line.rpartition("/")[2].split("\t") for line in lines)
+        return {place: int(cycles) for place, cycles in places}
 
 
 class Kernels(Emulator):

@@ -122,6 +122,15 @@ __global__ void no_such_rank_kernel() {
   *nllx::shared_of_rank(&value[0], 4) = 1;
 }
 
+// Threads that read and write numbers `stride` apart.
+template <typename T>
+__global__ void banks_kernel(int stride) {
+  DYNAMIC_SHARED(memory);
+  T* const mine = reinterpret_cast<T*>(memory) + static_cast<int>(threadIdx.x) * stride;
+  nllx::write_shared(mine, T(0));
+  nllx::read_shared(mine);
+}
+
 struct alignas(16) Quad {
   float values[4];
 };
@@ -166,6 +175,17 @@ EXPORT int atomics(int* out) {
 }
 EXPORT int neighbours(bool barrier_before, bool barrier_after, float* out) {
   CUDA_LAUNCH(neighbours_kernel, dim3(1), dim3(64), 0, nullptr, barrier_before, barrier_after, out);
+  return cudaGetLastError();
+}
+EXPORT int banks(int bytes, int stride) {
+  const auto shared = static_cast<size_t>(64 * stride * bytes);
+  if (bytes == 8) {
+    CUDA_LAUNCH((banks_kernel<double>), dim3(1), dim3(64), shared, nullptr, stride);
+  } else if (bytes == 4) {
+    CUDA_LAUNCH((banks_kernel<float>), dim3(1), dim3(64), shared, nullptr, stride);
+  } else {
+    CUDA_LAUNCH((banks_kernel<uint16_t>), dim3(1), dim3(64), shared, nullptr, stride);
+  }
   return cudaGetLastError();
 }
 EXPORT int clusters(int blocks, bool begin, bool end, bool dynamic, int* out) {

@@ -115,6 +115,24 @@ def test_clusters(emulator: Emulator, blocks: int, dynamic: bool) -> None:
             assert all(torch.equal(out, told.roll(1, dims=1)) for out in with_end), "not what was told"
 
 
+# The words that lanes want of one bank; 16 lanes at a time want 8 bytes each, and one word goes to all that want it.
+@pytest.mark.parametrize(
+    ("bytes", "stride", "cycles"),
+    [
+        *((2, 1, 1), (2, 2, 1), (2, 4, 2), (2, 9, 2), (2, 64, 32)),
+        *((4, 1, 1), (4, 2, 2), (4, 3, 1), (4, 12, 4), (4, 32, 32)),
+        *((8, 1, 1), (8, 2, 2), (8, 16, 16)),
+    ],
+)
+def test_banks(emulator: Emulator, bytes: int, stride: int, cycles: int) -> None:
+    for order in ORDERS:
+        emulator.count_banks(True)
+        emulator.run(lambda: emulator.library.banks(bytes, stride), order)
+        counted = emulator.count_banks(False)
+        assert list(counted.values()) == [cycles, cycles]
+        assert all(place.startswith("emulator_kernels.cpp:") for place in counted)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -83,9 +83,10 @@ __global__ void __launch_bounds__(kTileThreads, resident<T>(8, 8, 4))
       const RowGradient<T> gradient =
           saved_row_gradient<T>(p, row, outer, inner, mass, true, bad, has_terms(p.targets));
       T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
-      for (int i = 0, c = first_class(classes, sizeof(T)); i < classes; ++i) {
-        x[c] = from_acc<T>(gradient(to_acc(x[c]), c));
-        c = c + 1 == classes ? 0 : c + 1;
+      const int turn = class_turn<T>(classes);
+      for (int i = 0; i < classes; ++i) {
+        const int c = i ^ turn;
+        write_shared(x + c, from_acc<T>(gradient(to_acc(read_shared(x + c)), c)));
       }
     }
     __syncthreads();  // the gradient is there

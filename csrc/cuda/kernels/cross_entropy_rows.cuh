@@ -118,10 +118,15 @@ __device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile
   }
 }
 
-// Where a thread begins in its row, which it walks around: with rows of an even number of 4-byte words, threads that
-// all begin at their first class would meet in few of the memory's banks.
-__device__ __forceinline__ int first_class(int classes, int element_bytes) {
-  return classes > 0 && classes * element_bytes % 8 == 0 ? static_cast<int>(threadIdx.x) % classes : 0;
+// A thread takes the classes of its row in a tile in the order i ^ class_turn(), so that no two threads of a warp want
+// different words of one of the 32 banks of shared memory at once. As many rows begin in the same bank as the largest
+// power of two that divides the words of a row says: each of them takes that many words in another order. Rows that are
+// not of whole words begin in different banks, but for halves of a warp, which may meet in pairs.
+template <typename T>
+__device__ __forceinline__ int class_turn(int classes) {
+  constexpr int kBytes = sizeof(T), kWord = kBytes < 4 ? 4 : kBytes, kBanksBytes = 128;
+  const int bytes = classes * kBytes, lane = static_cast<int>(threadIdx.x) % (kBanksBytes / kWord);
+  return lane * (bytes & -bytes) / kBanksBytes * (kWord / kBytes);
 }
 
 // Unit of work: kTileThreads neighbouring rows by a block, a thread each, from dynamic shared memory, into which the
@@ -159,21 +164,21 @@ __global__ void __launch_bounds__(kTileThreads, resident<T>(7, 7, 4))
       const IndexTarget<acc> y = row < end ? row_target_of<T>(p, index) : IndexTarget<acc>{0, false, false, acc(0)};
       index = index_of(row + kTileThreads);  // otherwise that row would wait for it
       T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
-      const int start = first_class(classes, sizeof(T));
+      const int turn = class_turn<T>(classes);
       int64_t outer = 0, inner = 0;
       RowState<acc> s = RowState<acc>::empty();
       if (row < end) {
         if (y.counts) {
           split_row(p.extent, row, outer, inner);
-          for (int c = 0; c < classes; ++c) s.max = larger(s.max, to_acc(x[c]));
+          for (int i = 0; i < classes; ++i) s.max = larger(s.max, to_acc(read_shared(x + (i ^ turn))));
           const ClassTerms<T> a(p.targets, classes, outer, inner);
-          for (int i = 0, c = start; i < classes; ++i) {
+          for (int i = 0; i < classes; ++i) {
+            const int c = i ^ turn;
             if (terms) {
-              s.template add_below_max<true>(to_acc(x[c]), a(c));
+              s.template add_below_max<true>(to_acc(read_shared(x + c)), a(c));
             } else {
-              s.template add_below_max<false>(to_acc(x[c]), acc(0));
+              s.template add_below_max<false>(to_acc(read_shared(x + c)), acc(0));
             }
-            c = c + 1 == classes ? 0 : c + 1;
           }
         }
         finish_row<T>(p, row, s, y, p.targets.index && y.counts ? to_acc(x[y.index]) : acc(0), bad, sum);
@@ -181,9 +186,9 @@ __global__ void __launch_bounds__(kTileThreads, resident<T>(7, 7, 4))
       if (b.grad_logits) {
         if (row < end) {
           const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, terms);
-          for (int i = 0, c = start; i < classes; ++i) {
-            x[c] = from_acc<T>(gradient(to_acc(x[c]), c));
-            c = c + 1 == classes ? 0 : c + 1;
+          for (int i = 0; i < classes; ++i) {
+            const int c = i ^ turn;
+            write_shared(x + c, from_acc<T>(gradient(to_acc(read_shared(x + c)), c)));
           }
         }
         __syncthreads();  // the gradient is there

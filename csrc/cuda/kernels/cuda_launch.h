@@ -146,6 +146,16 @@ __device__ __forceinline__ T* shared_of_rank(T* p, [[maybe_unused]] int rank) {
 #endif
 }
 
+// Where threads of a warp access shared memory side by side: the emulator counts the banks.
+template <typename T>
+__device__ __forceinline__ T read_shared(const T* p) {
+  return *p;
+}
+template <typename T>
+__device__ __forceinline__ void write_shared(T* p, const T& value) {
+  *p = value;
+}
+
 // 16 bytes, or 8, from device to shared memory, while the thread goes on; from sm_80 on. What a thread has asked for
 // since the last time is a group; it waits until at most `groups` (up to 2) of its groups are on their way. Only this
 // thread may then read what has come, unless there is a barrier. Shared memory that it has read may be written again

@@ -60,6 +60,13 @@ void cluster_wait();
 // What the next launch has of dynamic shared memory. It fails if it has other, and if the kernel may never have so
 // much.
 void allow_shared(const char* kernel, int bytes, int most);
+// A place in a kernel's source. A thread notes there what it accesses of shared memory; what the lanes of a warp have
+// noted in one place as their first, second, ... access between two barriers is one access of the warp.
+struct Site {
+  const char* file;
+  int line;
+};
+void note_shared(const void* p, size_t bytes, Site site);
 // Copies of 16 or 8 bytes are made as late as they may be, as early in order 1, and at either time in random ones.
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
@@ -240,7 +247,22 @@ template <typename T>
 T* shared_of_rank(T* p, int rank) {
   return static_cast<T*>(cuda_emulator::shared_of_rank(p, static_cast<unsigned>(rank)));
 }
-inline void copy_async(void* to, const void* from) { cuda_emulator::copy_async(to, from, 16); }
+template <typename T>
+T read_shared(const T* p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_emulator::note_shared(p, sizeof(T), {file, line});
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+template <typename T>
+void write_shared(T* p, const T& value, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_emulator::note_shared(p, sizeof(T), {file, line});
+  std::memcpy(p, &value, sizeof(T));
+}
+inline void copy_async(void* to, const void* from, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_emulator::note_shared(to, 16, {file, line});
+  cuda_emulator::copy_async(to, from, 16);
+}
 inline void copy_async_8(void* to, const void* from) { cuda_emulator::copy_async(to, from, 8); }
 inline void commit_copies() { cuda_emulator::commit_copies(); }
 inline void wait_for_copies(int groups) { cuda_emulator::wait_for_copies(groups); }
