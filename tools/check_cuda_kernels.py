@@ -38,7 +38,7 @@ REGISTER_BUDGETS = {
     "checked_target_kernel": 40,
     "cross_entropy_backward_planes_kernel": 96,
     "cross_entropy_backward_rows_kernel": 128,
-    "cross_entropy_backward_tile_rows_kernel": 56,
+    "cross_entropy_backward_tile_rows_kernel": 88,
     "cross_entropy_block_rows_kernel": 200,
     "cross_entropy_divisor_kernel": 56,
     "cross_entropy_planes_kernel": 216,

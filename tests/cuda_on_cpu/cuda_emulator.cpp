@@ -419,6 +419,7 @@ void allow_shared(const char* kernel, int bytes, int most) {
 }
 
 void note_shared(const void* p, size_t bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("shared memory at an address that is not aligned");
   if (!counts_banks) return;
   const uint64_t warp = current->rank * kMostWarps + current->thread / kWarp;
   SharedAccess access{site.file, site.line, current->barriers, warp, lane};

@@ -128,11 +128,11 @@ def test_float32_loss_of_half_logits(op: str, reduction: str, dtype: torch.dtype
         check(case, result)
 
 
-TILE = "cross_entropy_tile_rows_kernel<T>"
+TILE = "cross_entropy_tile_rows_kernel<T, kTerms>"
 REGISTERS = "cross_entropy_register_rows_kernel<T, kTerms, {}>"
 BLOCK, PLANES = "cross_entropy_block_rows_kernel<T, kTerms>", "cross_entropy_planes_kernel<T, 1, kTerms>"
 PLANE_VECTORS = "cross_entropy_planes_kernel<T, kNeighbours<T>, false>"
-TILE_BACKWARD = "cross_entropy_backward_tile_rows_kernel<T>"
+TILE_BACKWARD = "cross_entropy_backward_tile_rows_kernel<T, kTerms>"
 ROWS_BACKWARD = "cross_entropy_backward_rows_kernel<T, kTerms>"
 PLANES_BACKWARD = "cross_entropy_backward_planes_kernel<T, 1>"
 PLANE_VECTORS_BACKWARD = "cross_entropy_backward_planes_kernel<T, kNeighbours<T>>"

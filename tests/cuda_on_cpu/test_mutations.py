@@ -34,10 +34,12 @@ class Mutation:
     error: type[Exception] | tuple[type[Exception], ...]
     message: str = ""
     settings: Sequence[Settings] = (Settings(),)
+    banks: bool = False  # seen in the cycles that shared memory takes
 
 
 FORWARD, BACKWARD = "cross_entropy_forward.cu", "cross_entropy_backward.cu"
 TILE_ROWS = Case("", "", (300, 10), reduction="mean")
+TILES_OF_WORDS = Case("", "", (300, 12), dtype=torch.bfloat16, ignored="some")
 REGISTER_ROWS = Case("", "", (5, 40), reduction="none")
 BLOCK_ROWS = Case("", "", (5, 1101), reduction="none")
 BAD_ROWS = build(variant(Case("", "", (5, 40))))
@@ -65,6 +67,21 @@ MUTATIONS = [
     Mutation("no barrier before the gradient of a tile is stored", "cross_entropy_rows.cuh",
              "__syncthreads();  // the gradient is there", "",
              FORWARD, [TILE_ROWS], AssertionError, "", TOGETHER),
+    Mutation("rows of a tile that meet in a bank", "cross_entropy_rows.cuh",
+             "return lane * (bytes & -bytes)", "return 0 * lane * (bytes & -bytes)",
+             FORWARD, [variant(TILE_ROWS, shape=(300, 8))], AssertionError, "banks", banks=True),
+    Mutation("a word of a tile's row taken twice", "cross_entropy_rows.cuh",
+             "j / kMeet * kMeet", "j / kMeet * (kMeet - 1)",
+             FORWARD, [TILES_OF_WORDS], AssertionError, "output"),
+    Mutation("words of rows that begin within one", "cross_entropy_rows.cuh",
+             "whole_words_(((past | classes) & 1) == 0)", "whole_words_((classes & 1) == 0)",
+             FORWARD, [TILES_OF_WORDS], KernelError, "not aligned", [Settings(shifts=(1, 1))]),
+    Mutation("a target whose own term is left out", "cross_entropy_rows.cuh",
+             "if (gradient.target >= 0) x_[gradient.target] = of_target;", "",
+             BACKWARD, [TILES_OF_WORDS], AssertionError, "grad"),
+    Mutation("gradients of rows that do not count", "cross_entropy_rows.cuh",
+             "gradient.counts ? g : 0u", "g",
+             BACKWARD, [variant(TILES_OF_WORDS, ignored="all")], AssertionError, "grad"),
     Mutation("a shuffle too few", "row_state.cuh",
              "offset > 0; offset /= 2) v = larger", "offset > 1; offset /= 2) v = larger",
              FORWARD, [REGISTER_ROWS], AssertionError, "output"),
@@ -156,6 +173,7 @@ MUTATIONS = [
 
 
 def _check(kernels: Kernels, mutation: Mutation) -> None:
+    kernels.count_banks(mutation.banks)
     for case in mutation.cases:
         for settings in mutation.settings:
             if isinstance(case, ElementwiseCase):
@@ -166,6 +184,7 @@ def _check(kernels: Kernels, mutation: Mutation) -> None:
                 check_softmax_statistics(kernels, case, settings)
             else:
                 check(variant(case), run(kernels, build(variant(case)), settings))
+    assert set(kernels.count_banks(False).values()) <= {1}, "threads that meet in banks"
 
 
 @pytest.mark.mutations

@@ -28,12 +28,7 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
       CUDA_LAUNCH((probability_mass_rows_kernel<T>), grid_of((p.extent.rows() + rows_at_once - 1) / rows_at_once),
                   block_of(kMassThreads), 0, stream, p.extent, p.targets, per_row, mass);
     }
-    if (plan.family == CudaFamily::kTileRows) {
-      const auto shared = static_cast<size_t>(plan.shared_bytes);
-      ALLOW_SHARED((cross_entropy_backward_tile_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
-      CUDA_LAUNCH((cross_entropy_backward_tile_rows_kernel<T>), grid, block, shared, stream, p, plan.ahead, read_mass,
-                  bad);
-    } else if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
+    if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
       CUDA_LAUNCH((cross_entropy_backward_planes_kernel<T, kNeighbours<T>>), grid, block, 0, stream, p,
                   plan.threads_per_row, read_mass, bad);
     } else if (plan.family == CudaFamily::kPlanes) {
@@ -44,6 +39,14 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
       const bool resident = p.extent.classes <= int64_t{plan.threads_per_row} * kVectorsAtOnce * plan.vector_elements;
       with_terms(p.targets, [&](auto terms) {
         constexpr bool kTerms = decltype(terms)::value;
+        if (plan.family == CudaFamily::kTileRows) {
+          const auto shared = static_cast<size_t>(plan.shared_bytes);
+          ALLOW_SHARED((cross_entropy_backward_tile_rows_kernel<T, kTerms>), plan.shared_bytes,
+                       most_shared_bytes(device));
+          CUDA_LAUNCH((cross_entropy_backward_tile_rows_kernel<T, kTerms>), grid, block, shared, stream, p, plan.ahead,
+                      read_mass, bad);
+          return;
+        }
         const int64_t blocks = resident ? RESIDENT_BLOCKS((cross_entropy_backward_rows_kernel<T, kTerms>),
                                                           plan.blocks(), plan.threads, 0, device.multiprocessors)
                                         : plan.blocks();

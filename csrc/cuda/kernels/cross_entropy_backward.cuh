@@ -58,16 +58,16 @@ __global__ void __launch_bounds__(256, kBackwardBlocks<T, kTerms>)
 // Unit of work: kTileThreads neighbouring rows by a block, a thread each, in dynamic shared memory, into which the
 // logits of the `ahead` tiles that it takes next are on their way. Preconditions: dense rows, of logits and gradient,
 // of at most most_tile_classes. Plan: CudaFamily::kTileRows.
-template <typename T>
+template <typename T, bool kTerms>
 __global__ void __launch_bounds__(kTileThreads, resident<T>(8, 8, 4))
     cross_entropy_backward_tile_rows_kernel(CrossEntropyBackward p, int ahead, const void* mass, BadTarget* bad) {
   DYNAMIC_SHARED(memory);
   const int classes = static_cast<int>(p.extent.classes);
-  TileRing<T> ring(memory, classes, ahead);
   const int64_t rows = p.extent.rows(), step = static_cast<int64_t>(gridDim.x) * kTileThreads;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTileThreads;
   const T* logits = static_cast<const T*>(p.logits);
   const int past = elements_past_boundary(logits);
+  TileRing<T> ring(memory, classes, past, ahead);
   const auto elements = [&](int64_t first) {
     return first < rows ? static_cast<int>(rows - first < kTileThreads ? rows - first : kTileThreads) * classes : 0;
   };
@@ -80,14 +80,8 @@ __global__ void __launch_bounds__(kTileThreads, resident<T>(8, 8, 4))
     if (row < rows) {
       int64_t outer, inner;
       split_row(p.extent, row, outer, inner);
-      const RowGradient<T> gradient =
-          saved_row_gradient<T>(p, row, outer, inner, mass, true, bad, has_terms(p.targets));
-      T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
-      const int turn = class_turn<T>(classes);
-      for (int i = 0; i < classes; ++i) {
-        const int c = i ^ turn;
-        write_shared(x + c, from_acc<T>(gradient(to_acc(read_shared(x + c)), c)));
-      }
+      const TileRow<T, kTerms> x(tile, past, classes);
+      x.become(saved_row_gradient<T>(p, row, outer, inner, mass, true, bad, kTerms));
     }
     __syncthreads();  // the gradient is there
     store_tile(static_cast<T*>(p.grad_logits) + first * classes, n, tile, past);

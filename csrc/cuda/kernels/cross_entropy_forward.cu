@@ -55,13 +55,6 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
   const CrossEntropyBackward none;
   with_element_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (plan.family == CudaFamily::kTileRows) {
-      const auto shared = static_cast<size_t>(plan.shared_bytes);
-      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
-      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, none, r, plan.ahead,
-                  plan.rows_per_chunk, bad);
-      return;
-    }
     if (plan.family == CudaFamily::kPlanes && plan.vector_elements > 1) {
       const auto shared = static_cast<size_t>(plan.shared_bytes);
       ALLOW_SHARED((cross_entropy_planes_kernel<T, kNeighbours<T>, false>), plan.shared_bytes,
@@ -72,7 +65,11 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
     }
     with_terms(p.targets, [&](auto terms) {
       constexpr bool kTerms = decltype(terms)::value;
-      if (plan.family == CudaFamily::kPlanes) {
+      if (plan.family == CudaFamily::kTileRows) {
+        ALLOW_SHARED((cross_entropy_tile_rows_kernel<T, kTerms>), plan.shared_bytes, most_shared_bytes(device));
+        CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T, kTerms>), grid, block, static_cast<size_t>(plan.shared_bytes),
+                    stream, p, none, r, plan.ahead, plan.rows_per_chunk, bad);
+      } else if (plan.family == CudaFamily::kPlanes) {
         CUDA_LAUNCH((cross_entropy_planes_kernel<T, 1, kTerms>), grid, block, 0, stream, p, r, plan.threads_per_row, 0,
                     plan.rows_per_chunk, bad);
       } else if (plan.family == CudaFamily::kRegisterRows) {
@@ -118,16 +115,13 @@ cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, co
       launch_loss_sum(divisor, p.targets, chunks, type, 512, stream);
       b.total_weight = r.divisor;
     }
-    if (plan.family == CudaFamily::kTileRows) {
-      const auto shared = static_cast<size_t>(plan.shared_bytes);
-      ALLOW_SHARED((cross_entropy_tile_rows_kernel<T>), plan.shared_bytes, most_shared_bytes(device));
-      CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T>), grid, block, shared, stream, p, b, r, plan.ahead,
-                  plan.rows_per_chunk, bad);
-      return;
-    }
     with_terms(p.targets, [&](auto terms) {
       constexpr bool kTerms = decltype(terms)::value;
-      if (plan.family == CudaFamily::kRegisterRows) {
+      if (plan.family == CudaFamily::kTileRows) {
+        ALLOW_SHARED((cross_entropy_tile_rows_kernel<T, kTerms>), plan.shared_bytes, most_shared_bytes(device));
+        CUDA_LAUNCH((cross_entropy_tile_rows_kernel<T, kTerms>), grid, block, static_cast<size_t>(plan.shared_bytes),
+                    stream, p, b, r, plan.ahead, plan.rows_per_chunk, bad);
+      } else if (plan.family == CudaFamily::kRegisterRows) {
         CUDA_LAUNCH((cross_entropy_register_rows_kernel<T, kTerms, true>), grid, block, 0, stream, p, b, r,
                     plan.threads_per_row, plan.rows_per_chunk, bad);
       } else {

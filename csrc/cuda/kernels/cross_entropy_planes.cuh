@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kTerms ? resident<T>(2, 2, 1) :
         if (kTerms && p.targets.index) states[i].mass = a.uniform_mass(p.targets, p.extent.classes);
         const acc target_logit =
             p.targets.index && y.counts ? to_acc(x[i + y.index * p.logits_strides.classes]) : acc(0);
-        finish_row<T>(p, row + i, states[i], y, target_logit, bad, sum);
+        finish_row<T, kTerms>(p, row + i, states[i], y, target_logit, bad, sum);
       }
     }
     add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);

@@ -27,7 +27,7 @@ __device__ __forceinline__ int64_t row_index(const CrossEntropyForward& p, int64
 }
 
 // Writes what one thread knows of a whole row, and adds its loss.
-template <typename T>
+template <typename T, bool kTerms>
 __device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t row,
                                            const RowState<typename AccOf<T>::type>& s,
                                            const IndexTarget<typename AccOf<T>::type>& y,
@@ -37,8 +37,8 @@ __device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t
   acc loss = 0;
   if (y.counts) {
     stats = s.stats();
-    const acc scale = static_cast<acc>(1. - p.targets.label_smoothing);
-    loss = row_loss_of(s, stats, has_terms(p.targets), p.targets.index != nullptr, scale * y.weight, target_logit);
+    const acc scale = kTerms ? static_cast<acc>(1. - p.targets.label_smoothing) : acc(1);
+    loss = row_loss_of(s, stats, kTerms, !kTerms || p.targets.index != nullptr, scale * y.weight, target_logit);
   } else if (y.bad) {
     report_bad_target(bad, row, y.index, p.extent.classes, p.targets.ignore_index);
     minus_infinity(loss);
@@ -65,16 +65,18 @@ __device__ __forceinline__ RowGradient<T> row_gradient(const CrossEntropyForward
 template <typename T>
 class TileRing {
  public:
-  __device__ __forceinline__ TileRing(void* memory, int classes, int ahead)
-      : slots_(static_cast<Vector<T>*>(memory)), slot_vectors_(tile_vectors(classes, sizeof(T))), ahead_(ahead) {}
+  __device__ __forceinline__ TileRing(void* memory, int classes, int past, int ahead)
+      : slots_(static_cast<Vector<T>*>(memory)),
+        slot_vectors_(tile_vectors(classes, sizeof(T))),
+        past_(past),
+        ahead_(ahead) {}
 
   // The tile of `n` elements at `rows`, into the next slot; none where n is 0.
   __device__ __forceinline__ void copy(const T* rows, int n) {
     Vector<T>* const tile = slots_ + to_ * slot_vectors_;
-    const int past = n > 0 ? elements_past_boundary(rows) : 0;
-    for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += blockDim.x) {
-      const int i = v * Vector<T>::kSize - past;
-      if (i >= 0 && i + Vector<T>::kSize <= n) {
+    const int end = n > 0 ? n : -past_;
+    for (int v = threadIdx.x, i; (i = v * Vector<T>::kSize - past_) < end; v += kTileThreads) {
+      if (i >= 0 && i <= n - Vector<T>::kSize) {
         copy_async(tile + v, rows + i);
       } else {
         tile[v] = load_vector(rows, i, n);
@@ -104,17 +106,18 @@ class TileRing {
 
  private:
   Vector<T>* slots_;
-  int slot_vectors_, ahead_, to_ = 0, from_ = 0;
+  int slot_vectors_, past_, ahead_, to_ = 0, from_ = 0;
 };
 // The reverse, from a tile that lies `past` a boundary.
 template <typename T>
 __device__ __forceinline__ void store_tile(T* rows, int n, const Vector<T>* tile, int past) {
   const bool aligned = past == elements_past_boundary(rows);
   if (aligned) {
-    for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += blockDim.x)
+    for (int v = threadIdx.x; v * Vector<T>::kSize < n + past; v += kTileThreads)
       store_vector(rows, v * Vector<T>::kSize - past, n, tile[v], true);
   } else {
-    for (int i = threadIdx.x; i < n; i += blockDim.x) rows[i] = reinterpret_cast<const T*>(tile)[past + i];
+#pragma unroll 1  // its count of turns would be made ready for every tile, and this is rare
+    for (int i = threadIdx.x; i < n; i += kTileThreads) rows[i] = reinterpret_cast<const T*>(tile)[past + i];
   }
 }
 
@@ -129,70 +132,170 @@ __device__ __forceinline__ int class_turn(int classes) {
   return lane * (bytes & -bytes) / kBanksBytes * (kWord / kBytes);
 }
 
+// The words of a row in a tile, of which there are kWords, in the order of class_turn: written so that the compiler
+// knows all of an address but `turn`, and needs as many as threads meet.
+template <int kWords>
+struct TileWords {
+  static constexpr int kCount = kWords, kMeet = kWords & -kWords;
+  uint32_t* row;
+  int turn;
+  __device__ __forceinline__ uint32_t* at(int j) const { return row + (j % kMeet ^ turn) + j / kMeet * kMeet; }
+};
+
+// Calls use(TileWords<n>), for n from kLeast to kMost.
+template <int kLeast, int kMost, typename Use>
+__device__ __forceinline__ void with_words(uint32_t* row, int turn, int n, Use use) {
+  if constexpr (kLeast == kMost) {
+    use(TileWords<kMost>{row, turn});
+  } else {
+    constexpr int kHalf = (kLeast + kMost) / 2;
+    if (n <= kHalf) {
+      with_words<kLeast, kHalf>(row, turn, n, use);
+    } else {
+      with_words<kHalf + 1, kMost>(row, turn, n, use);
+    }
+  }
+}
+
+// What a thread does with its row of a tile, which lies `past` a 16-byte boundary. Half elements without coefficients
+// are taken as 32-bit words, where rows are of whole words, and the code is of as many: no loop, and a row in
+// registers.
+template <typename T, bool kTerms>
+class TileRow {
+  using acc = typename AccOf<T>::type;
+
+ public:
+  __device__ __forceinline__ TileRow(Vector<T>* tile, int past, int classes)
+      : x_(reinterpret_cast<T*>(tile) + past + static_cast<int>(threadIdx.x) * classes),
+        classes_(classes),
+        turn_(class_turn<T>(classes)),
+        whole_words_(((past | classes) & 1) == 0) {}
+
+  __device__ __forceinline__ acc operator[](int64_t c) const { return to_acc(x_[c]); }
+
+  __device__ __forceinline__ RowState<acc> state(const ClassTerms<T>& a) const {
+    RowState<acc> s = RowState<acc>::empty();
+    if constexpr (kWords) {
+      if (whole_words_) {
+        with_words([&](auto row) {
+          constexpr int kCount = decltype(row)::kCount;
+          uint32_t words[kCount];
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) words[j] = read_shared(row.at(j));
+          uint32_t largest = words[0];
+#pragma unroll
+          for (int j = 1; j < kCount; ++j) largest = larger_halves<T>(largest, words[j]);
+          s.max = larger(s.max, larger(half_of<T>(largest, 0), half_of<T>(largest, 1)));
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            s.template add_below_max<false>(half_of<T>(words[j], 0), acc(0));
+            s.template add_below_max<false>(half_of<T>(words[j], 1), acc(0));
+          }
+        });
+        return s;
+      }
+    }
+    for (int i = 0; i < classes_; ++i) s.max = larger(s.max, to_acc(read_shared(x_ + (i ^ turn_))));
+    for (int i = 0; i < classes_; ++i) {
+      const int c = i ^ turn_;
+      s.template add_below_max<kTerms>(to_acc(read_shared(x_ + c)), kTerms ? a(c) : acc(0));
+    }
+    return s;
+  }
+
+  // Overwrites the row. The target comes last, so that no other class is compared with it.
+  __device__ __forceinline__ void become(const RowGradient<T>& gradient) const {
+    T of_target;
+    if (gradient.target >= 0) of_target = from_acc<T>(gradient((*this)[gradient.target], gradient.target));
+    overwrite(gradient);
+    if (gradient.target >= 0) x_[gradient.target] = of_target;
+  }
+
+ private:
+  static constexpr bool kWords = sizeof(T) == 2 && !kTerms;
+  T* x_;
+  int classes_, turn_;
+  bool whole_words_;
+
+  template <typename Use>
+  __device__ __forceinline__ void with_words(Use use) const {
+    nllx::with_words<1, kMostTileClasses / 2>(reinterpret_cast<uint32_t*>(x_), turn_ / 2, classes_ / 2, use);
+  }
+
+  __device__ __forceinline__ void overwrite(const RowGradient<T>& gradient) const {
+    if constexpr (kWords) {
+      if (whole_words_) {
+        with_words([&](auto row) {
+#pragma unroll
+          for (int j = 0; j < decltype(row)::kCount; ++j) {
+            const uint32_t x = read_shared(row.at(j));
+            const uint32_t g = pack_halves<T>(gradient.probable(half_of<T>(x, 0)), gradient.probable(half_of<T>(x, 1)));
+            write_shared(row.at(j), gradient.counts ? g : 0u);
+          }
+        });
+        return;
+      }
+    }
+    for (int i = 0; i < classes_; ++i) {
+      const int c = i ^ turn_;
+      write_shared(x_ + c, from_acc<T>(gradient.of_other(to_acc(read_shared(x_ + c)), c)));
+    }
+  }
+};
+
 // Unit of work: kTileThreads neighbouring rows by a block, a thread each, from dynamic shared memory, into which the
 // logits of the `ahead` tiles that follow are on their way. Reads each logit once, 16 bytes at a time. Preconditions:
 // dense rows of at most most_tile_classes. Plan: CudaFamily::kTileRows.
-template <typename T>
+template <typename T, bool kTerms>
 __global__ void __launch_bounds__(kTileThreads, resident<T>(7, 7, 4))
     cross_entropy_tile_rows_kernel(CrossEntropyForward p, CrossEntropyBackward b, LossReduction r, int ahead,
                                    int64_t rows_per_chunk, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   DYNAMIC_SHARED(memory);
   SHARED_ARRAY(double, scratch, 32);
-  const int classes = static_cast<int>(p.extent.classes);
-  TileRing<T> ring(memory, classes, ahead);
+  const int classes = static_cast<int>(p.extent.classes), t = static_cast<int>(threadIdx.x);
+  const int past = elements_past_boundary(static_cast<const T*>(p.logits));
+  TileRing<T> ring(memory, classes, past, ahead);
   const int64_t rows = p.extent.rows(), chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
-  const bool terms = has_terms(p.targets);
   unsigned done = 0;
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x, ++done) {
-    const int64_t begin = chunk * rows_per_chunk, end = begin + rows_per_chunk < rows ? begin + rows_per_chunk : rows;
-    const T* logits = static_cast<const T*>(p.logits) + begin * classes;
-    const int past = elements_past_boundary(logits);
-    const auto elements = [&](int64_t first) {
-      return first < end ? static_cast<int>(end - first < kTileThreads ? end - first : kTileThreads) * classes : 0;
+    const int64_t begin = chunk * rows_per_chunk;
+    // The rows of the chunk that are left; 32 bits count them, and their elements.
+    int left = static_cast<int>(rows - begin < rows_per_chunk ? rows - begin : rows_per_chunk);
+    const auto elements = [&](int rows) {
+      return (rows < kTileThreads ? rows > 0 ? rows : 0 : kTileThreads) * classes;
     };
-    const auto copy = [&](int64_t first) { ring.copy(logits + (first - begin) * classes, elements(first)); };
-    const auto index_of = [&](int64_t row) { return row < end ? row_index(p, row) : int64_t(0); };
-    int64_t index = index_of(begin + threadIdx.x);
+    const T* next = static_cast<const T*>(p.logits) + begin * classes;
+    int left_to_copy = left;
+    const auto copy = [&] {
+      ring.copy(next, elements(left_to_copy));
+      next += kTileThreads * classes;
+      left_to_copy -= kTileThreads;
+    };
+    int64_t row = begin + t;
+    int64_t index = t < left ? row_index(p, row) : 0;
     ring.restart();
-    for (int i = 0; i < ahead; ++i) copy(begin + i * kTileThreads);
+    for (int i = 0; i < ahead; ++i) copy();
     LossTerms sum;
-    for (int64_t first = begin; first < end; first += kTileThreads) {
-      const int64_t row = first + threadIdx.x;
-      const int n = elements(first);
-      Vector<T>* const tile = ring.next([&] { copy(first + ahead * kTileThreads); });
-      const IndexTarget<acc> y = row < end ? row_target_of<T>(p, index) : IndexTarget<acc>{0, false, false, acc(0)};
-      index = index_of(row + kTileThreads);  // otherwise that row would wait for it
-      T* x = reinterpret_cast<T*>(tile) + past + threadIdx.x * classes;
-      const int turn = class_turn<T>(classes);
+    for (; left > 0; left -= kTileThreads, row += kTileThreads) {
+      const bool exists = t < left;
+      Vector<T>* const tile = ring.next(copy);
+      const IndexTarget<acc> y = exists ? row_target_of<T>(p, index) : IndexTarget<acc>{0, false, false, acc(0)};
+      index = t < left - kTileThreads ? row_index(p, row + kTileThreads) : 0;  // otherwise that row would wait for it
+      const TileRow<T, kTerms> x(tile, past, classes);
       int64_t outer = 0, inner = 0;
       RowState<acc> s = RowState<acc>::empty();
-      if (row < end) {
+      if (exists) {
         if (y.counts) {
           split_row(p.extent, row, outer, inner);
-          for (int i = 0; i < classes; ++i) s.max = larger(s.max, to_acc(read_shared(x + (i ^ turn))));
-          const ClassTerms<T> a(p.targets, classes, outer, inner);
-          for (int i = 0; i < classes; ++i) {
-            const int c = i ^ turn;
-            if (terms) {
-              s.template add_below_max<true>(to_acc(read_shared(x + c)), a(c));
-            } else {
-              s.template add_below_max<false>(to_acc(read_shared(x + c)), acc(0));
-            }
-          }
+          s = x.state(ClassTerms<T>(p.targets, classes, outer, inner));
         }
-        finish_row<T>(p, row, s, y, p.targets.index && y.counts ? to_acc(x[y.index]) : acc(0), bad, sum);
+        finish_row<T, kTerms>(p, row, s, y, p.targets.index && y.counts ? x[y.index] : acc(0), bad, sum);
       }
       if (b.grad_logits) {
-        if (row < end) {
-          const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, terms);
-          for (int i = 0; i < classes; ++i) {
-            const int c = i ^ turn;
-            write_shared(x + c, from_acc<T>(gradient(to_acc(read_shared(x + c)), c)));
-          }
-        }
+        if (exists) x.become(row_gradient<T>(p, b, row, outer, inner, y, s, kTerms));
         __syncthreads();  // the gradient is there
-        store_tile(static_cast<T*>(b.grad_logits) + first * classes, n, tile, past);
+        store_tile(static_cast<T*>(b.grad_logits) + (row - t) * classes, elements(left), tile, past);
       }
     }
     add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
@@ -337,7 +440,7 @@ __global__ void __launch_bounds__(kRegisterThreads, resident<T>(kTerms&& kGrad ?
           }
         }
       }
-      if (mine < end) finish_row<T>(p, mine, s, y, target_logit, bad, sum);
+      if (mine < end) finish_row<T, kTerms>(p, mine, s, y, target_logit, bad, sum);
     }
     add_chunk<T>(r, p.targets, chunk, chunks, sum, scratch);
   }
@@ -488,7 +591,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
         }
         merge_in_warp(s, 32);
       }
-      if (threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
+      if (threadIdx.x == 0) finish_row<T, kTerms>(p, row, s, y, target_logit, bad, sum);
     }
     if (!finishes) continue;
     if (threadIdx.x == 0) store_chunk<T>(r, p.targets, chunk, chunks, sum);  // no other thread has finished rows
@@ -541,7 +644,7 @@ __global__ void __launch_bounds__(256, kTerms ? resident<T>(2, 2, 1) : resident<
         merge_in_block(s, states);
       }
       if (cluster.blocks > 1) s = merge_parts(cluster.exchange(s), cluster.blocks);
-      if (first_block && threadIdx.x == 0) finish_row<T>(p, row, s, y, target_logit, bad, sum);
+      if (first_block && threadIdx.x == 0) finish_row<T, kTerms>(p, row, s, y, target_logit, bad, sum);
       const RowGradient<T> gradient = row_gradient<T>(p, b, row, outer, inner, y, s, kTerms);
       const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
       for_kept(part, read, y.counts, x, [&](int64_t c, int64_t tail, const Vector<T>* vectors) {

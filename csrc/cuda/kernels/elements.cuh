@@ -61,9 +61,16 @@ __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
   }
   return word;
 }
+__device__ __forceinline__ float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
 template <typename T>
 __device__ __forceinline__ float half_of(uint32_t word, int i) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return float_of_bits(i == 0 ? word << 16 : word & 0xffff0000u);
+  } else if constexpr (sizeof(T) == 2) {
     const uint16_t bits = static_cast<uint16_t>(i == 0 ? word : word >> 16);
     T half;
     memcpy(&half, &bits, 2);
@@ -71,7 +78,6 @@ __device__ __forceinline__ float half_of(uint32_t word, int i) {
   }
   return 0;
 }
-__device__ __forceinline__ float half_of_word(uint32_t word, int i) { return half_of<__half>(word, i); }
 template <typename T>
 __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
@@ -172,17 +178,10 @@ struct alignas(16) Vector {
   }
 
  private:
-  static __device__ __forceinline__ float as_float(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-  }
-  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, float*) { return as_float(w[i]); }
-  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, __nv_bfloat16*) {
-    return as_float(i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u);
-  }
-  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, __half*) {
-    return half_of_word(w[i / 2], i % 2);
+  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, float*) { return float_of_bits(w[i]); }
+  template <typename Half>
+  static __device__ __forceinline__ float unpack(const uint32_t* w, int i, Half*) {
+    return half_of<Half>(w[i / 2], i % 2);
   }
   static __device__ __forceinline__ double unpack(const uint32_t* w, int i, double*) {
     double d;

@@ -29,12 +29,16 @@ struct RowGradient {
         k(k),
         max(stats.max) {
     if (t.index) {
-      target_term = terms.scale * y.weight;
+      target_term = has_terms ? terms.scale * y.weight : y.weight;
       mass = target_term;
       if (has_terms) mass += terms.uniform_mass(t, classes);
     }
     ka = k * mass * exp_acc(-stats.log_sum);
   }
+
+  // Of a class that is not the target; without coefficients, and only in rows that count, `probable` is the same.
+  __device__ __forceinline__ acc of_other(acc x, int64_t c) const { return at(x, has_terms ? terms(c) : acc(0)); }
+  __device__ __forceinline__ acc probable(acc x) const { return ka * exp_of_many(x - max); }
 
   __device__ __forceinline__ acc operator()(acc x, int64_t c) const {
     return at(x, (has_terms ? terms(c) : acc(0)) + (c == target ? target_term : acc(0)));
@@ -77,7 +81,7 @@ struct RowGradient {
       v = Vector<T>::of(
           [&](int i) { return less_term(x[i], (has_terms ? a[i] : acc(0)) + (i == place ? target_term : acc(0))); });
     } else {  // almost all
-      v = Vector<T>::of([&](int i) { return without_term(x[i]); });
+      v = Vector<T>::of([&](int i) { return probable(x[i]); });
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) v.words[i] = counts ? v.words[i] : 0;  // once for a vector, not for each element
@@ -85,10 +89,9 @@ struct RowGradient {
   }
   __device__ __forceinline__ acc at(acc x, acc a) const { return counts ? less_term(x, a) : acc(0); }
   __device__ __forceinline__ acc less_term(acc x, acc a) const {
-    const acc g = without_term(x);
+    const acc g = probable(x);
     return a == acc(0) ? g : g - k * a;  // k may be infinite where the divisor of the mean is zero
   }
-  __device__ __forceinline__ acc without_term(acc x) const { return ka * exp_of_many(x - max); }
 };
 
 // Of a row whose statistics the forward has saved. `mass`: of all rows, for probabilities.
