@@ -55,6 +55,8 @@ struct Targets {
   const void* weight_sum = nullptr;  // acc, one number: the sum of `weight`; read only with smoothing
   int64_t ignore_index = -100;
   double label_smoothing = 0;
+  // 1 - ε and ε / C in float32, for CUDA kernels, which have few units for float64; set by their launches.
+  float scale = 1, uniform = 0;
   double zero_divisor = 0;  // what takes the place of a divisor of zero in the mean
 };
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from ctypes import CFUNCTYPE, c_bool, c_char_p, c_double, c_int, c_int64, c_longlong, c_uint8, c_void_p
+from ctypes import CFUNCTYPE, c_bool, c_char_p, c_double, c_float, c_int, c_int64, c_longlong, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Targets(ctypes.Structure):
         ("weight_sum", c_void_p),
         ("ignore_index", c_int64),
         ("label_smoothing", c_double),
+        ("scale", c_float),
+        ("uniform", c_float),
         ("zero_divisor", c_double),
     ]
 

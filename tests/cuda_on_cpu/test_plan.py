@@ -101,14 +101,16 @@ def test_vectors_of_planes(kernels: Kernels) -> None:
 def test_of_every_architecture(name: str, kernels: Kernels) -> None:
     """The sums of the losses do not depend on the device, and shared memory is never more than there is."""
     for op in (FORWARD, BACKWARD, VALUE_AND_GRAD, LOG_SOFTMAX):
-        for classes, element_bytes in itertools.product((10, 1000, 32000, 262144), (2, 4, 8)):
+        for classes, element_bytes, has_terms in itertools.product((10, 1000, 32000, 262144), (2, 4, 8), (False, True)):
             problem = rows(4096, classes, element_bytes)
+            problem.has_terms = has_terms
             plan, on_h100 = kernels.plan(op, problem, DEVICES[name]), kernels.plan(op, problem)
             assert (plan.rows_per_chunk, plan.chunks) == (on_h100.rows_per_chunk, on_h100.chunks)
             assert plan.shared_bytes + (3 << 10) <= DEVICES[name].shared_bytes
             assert (plan.cluster > 1) <= (DEVICES[name].cluster_blocks > 1)
-            # Kernels for architectures with asynchronous copies rely on them.
-            if FAMILIES[plan.family] == "block rows" and (plan.shared_bytes > 0 or (op, element_bytes) == (FORWARD, 2)):
+            # Loads run ahead wherever kernels can have them do so.
+            streams = op == FORWARD and (has_terms or element_bytes != 4)
+            if FAMILIES[plan.family] == "block rows" and (plan.shared_bytes > 0 or streams):
                 assert (plan.ahead > 0) == DEVICES[name].async_copies
 
 

@@ -11,8 +11,9 @@ constexpr int kMassThreads = 256;
 
 }  // namespace
 
-cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatType type, const CudaDevice& device,
+cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& problem, FloatType type, const CudaDevice& device,
                                           void* mass, BadTarget* bad, cudaStream_t stream) {
+  const CrossEntropyBackward p = with_float_coefficients(problem);
   const CudaPlan plan = cuda_plan(CudaOp::kBackward, cuda_problem(p, type), device);
   const dim3 grid = grid_of(plan.blocks()), block = block_of(plan.threads);
   const void* read_mass = mass;

@@ -48,8 +48,9 @@ LossWorkspace cross_entropy_workspace(CudaOp op, const CrossEntropyForward& p, c
   return w;
 }
 
-cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const LossReduction& r, FloatType type,
+cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& problem, const LossReduction& r, FloatType type,
                                          const CudaDevice& device, BadTarget* bad, cudaStream_t stream) {
+  const CrossEntropyForward p = with_float_coefficients(problem);
   const CudaPlan plan = cuda_plan(CudaOp::kForward, cuda_problem(p, nullptr, type), device);
   const dim3 grid = grid_of(plan.blocks()), block = block_of(plan.threads);
   const CrossEntropyBackward none;
@@ -92,11 +93,12 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, const Los
   return cudaGetLastError();
 }
 
-cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, const CrossEntropyBackward& gradient,
-                                                const LossReduction& r, FloatType type, const CudaDevice& device,
-                                                void* mass, BadTarget* bad, cudaStream_t stream) {
-  const CudaProblem problem = cuda_problem(p, &gradient, type);
-  const CudaPlan plan = cuda_plan(CudaOp::kValueAndGrad, problem, device);
+cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& problem,
+                                                const CrossEntropyBackward& gradient, const LossReduction& r,
+                                                FloatType type, const CudaDevice& device, void* mass, BadTarget* bad,
+                                                cudaStream_t stream) {
+  const CrossEntropyForward p = with_float_coefficients(problem);
+  const CudaPlan plan = cuda_plan(CudaOp::kValueAndGrad, cuda_problem(p, &gradient, type), device);
   CrossEntropyBackward b = gradient;
   const bool mean = is_mean(r.reduction);
   if (!gradient_in_forward(plan)) {

@@ -26,6 +26,14 @@ void with_element_type(FloatType type, Body body) {
   }
 }
 
+// A problem of the cross entropy as its kernels take it.
+template <typename Problem>
+Problem with_float_coefficients(Problem p) {
+  p.targets.scale = static_cast<float>(1. - p.targets.label_smoothing);
+  p.targets.uniform = static_cast<float>(p.targets.label_smoothing / static_cast<double>(p.extent.classes));
+  return p;
+}
+
 // One instantiation with coefficients of the classes and one without, which needs half of the registers.
 template <typename Body>
 void with_terms(const Targets& t, Body body) {

@@ -50,6 +50,12 @@ __device__ __forceinline__ IndexTarget<acc> index_target(const Targets& t, int64
   return target_of_index<acc>(t, classes, load_index(t.index, t.index_type, row));
 }
 
+// 1 - ε
+template <typename acc>
+__device__ __forceinline__ acc scale_of(const Targets& t) {
+  return sizeof(acc) == 4 ? static_cast<acc>(t.scale) : static_cast<acc>(1. - t.label_smoothing);
+}
+
 // The coefficients a_c of a row's classes: w_c ε / C for index targets, w_c ((1 - ε) p_c + ε / C) for probabilities.
 template <typename T>
 struct ClassTerms {
@@ -66,8 +72,9 @@ struct ClassTerms {
         offset(outer * t.probability_strides.outer + inner * t.probability_strides.inner),
         stride(t.probability_strides.classes),
         weight(static_cast<const acc*>(t.weight)),
-        scale(static_cast<acc>(1. - t.label_smoothing)),
-        uniform(static_cast<acc>(t.label_smoothing / static_cast<double>(classes))) {}
+        scale(scale_of<acc>(t)),
+        uniform(sizeof(acc) == 4 ? static_cast<acc>(t.uniform)
+                                 : static_cast<acc>(t.label_smoothing / static_cast<double>(classes))) {}
 
   __device__ __forceinline__ acc operator()(int64_t c) const {
     acc a = uniform;
