@@ -37,7 +37,7 @@ __device__ __forceinline__ void finish_row(const CrossEntropyForward& p, int64_t
   acc loss = 0;
   if (y.counts) {
     stats = s.stats();
-    const acc scale = kTerms ? static_cast<acc>(1. - p.targets.label_smoothing) : acc(1);
+    const acc scale = kTerms ? scale_of<acc>(p.targets) : acc(1);
     loss = row_loss_of(s, stats, kTerms, !kTerms || p.targets.index != nullptr, scale * y.weight, target_logit);
   } else if (y.bad) {
     report_bad_target(bad, row, y.index, p.extent.classes, p.targets.ignore_index);
@@ -157,9 +157,8 @@ __device__ __forceinline__ void with_words(uint32_t* row, int turn, int n, Use u
   }
 }
 
-// What a thread does with its row of a tile, which lies `past` a 16-byte boundary. Half elements without coefficients
-// are taken as 32-bit words, where rows are of whole words, and the code is of as many: no loop, and a row in
-// registers.
+// What a thread does with its row of a tile, which lies `past` a 16-byte boundary. Up to kMostWords 32-bit words,
+// without coefficients, are code for as many: no loop, and the row in registers.
 template <typename T, bool kTerms>
 class TileRow {
   using acc = typename AccOf<T>::type;
@@ -169,14 +168,14 @@ class TileRow {
       : x_(reinterpret_cast<T*>(tile) + past + static_cast<int>(threadIdx.x) * classes),
         classes_(classes),
         turn_(class_turn<T>(classes)),
-        whole_words_(((past | classes) & 1) == 0) {}
+        few_words_(sizeof(T) == 2 ? ((past | classes) & 1) == 0 : classes <= kMostWords) {}
 
   __device__ __forceinline__ acc operator[](int64_t c) const { return to_acc(x_[c]); }
 
   __device__ __forceinline__ RowState<acc> state(const ClassTerms<T>& a) const {
     RowState<acc> s = RowState<acc>::empty();
     if constexpr (kWords) {
-      if (whole_words_) {
+      if (few_words_) {
         with_words([&](auto row) {
           constexpr int kCount = decltype(row)::kCount;
           uint32_t words[kCount];
@@ -184,12 +183,13 @@ class TileRow {
           for (int j = 0; j < kCount; ++j) words[j] = read_shared(row.at(j));
           uint32_t largest = words[0];
 #pragma unroll
-          for (int j = 1; j < kCount; ++j) largest = larger_halves<T>(largest, words[j]);
-          s.max = larger(s.max, larger(half_of<T>(largest, 0), half_of<T>(largest, 1)));
+          for (int j = 1; j < kCount; ++j) largest = larger_word<T>(largest, words[j]);
+#pragma unroll
+          for (int i = 0; i < kOfWord; ++i) s.max = larger(s.max, of_word<T>(largest, i));
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            s.template add_below_max<false>(half_of<T>(words[j], 0), acc(0));
-            s.template add_below_max<false>(half_of<T>(words[j], 1), acc(0));
+#pragma unroll
+            for (int i = 0; i < kOfWord; ++i) s.template add_below_max<false>(of_word<T>(words[j], i), acc(0));
           }
         });
         return s;
@@ -212,24 +212,25 @@ class TileRow {
   }
 
  private:
-  static constexpr bool kWords = sizeof(T) == 2 && !kTerms;
+  static constexpr bool kWords = sizeof(T) <= 4 && !kTerms;
+  static constexpr int kOfWord = kWords ? 4 / sizeof(T) : 1, kMostWords = kMostTileClasses / 2;
   T* x_;
   int classes_, turn_;
-  bool whole_words_;
+  bool few_words_;
 
   template <typename Use>
   __device__ __forceinline__ void with_words(Use use) const {
-    nllx::with_words<1, kMostTileClasses / 2>(reinterpret_cast<uint32_t*>(x_), turn_ / 2, classes_ / 2, use);
+    nllx::with_words<1, kMostWords>(reinterpret_cast<uint32_t*>(x_), turn_ / kOfWord, classes_ / kOfWord, use);
   }
 
   __device__ __forceinline__ void overwrite(const RowGradient<T>& gradient) const {
     if constexpr (kWords) {
-      if (whole_words_) {
+      if (few_words_) {
         with_words([&](auto row) {
 #pragma unroll
           for (int j = 0; j < decltype(row)::kCount; ++j) {
             const uint32_t x = read_shared(row.at(j));
-            const uint32_t g = pack_halves<T>(gradient.probable(half_of<T>(x, 0)), gradient.probable(half_of<T>(x, 1)));
+            const uint32_t g = word_of<T>([&](int i) { return gradient.probable(of_word<T>(x, i)); });
             write_shared(row.at(j), gradient.counts ? g : 0u);
           }
         });

@@ -66,6 +66,11 @@ __device__ __forceinline__ float float_of_bits(uint32_t bits) {
   memcpy(&value, &bits, 4);
   return value;
 }
+__device__ __forceinline__ uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
 template <typename T>
 __device__ __forceinline__ float half_of(uint32_t word, int i) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -93,6 +98,21 @@ __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
   const auto of = [&](int i) { return larger(half_of<T>(a, i), half_of<T>(b, i)); };
   return pack_halves<T>(of(0), of(1));
 #endif
+}
+// The same of words of elements of any type of up to 32 bits.
+template <typename T>
+__device__ __forceinline__ float of_word(uint32_t word, int i) {
+  return sizeof(T) == 4 ? float_of_bits(word) : half_of<T>(word, i);
+}
+template <typename T, typename Value>
+__device__ __forceinline__ uint32_t word_of(Value value) {
+  if constexpr (sizeof(T) == 2) return pack_halves<T>(value(0), value(1));
+  return bits_of_float(value(0));
+}
+template <typename T>
+__device__ __forceinline__ uint32_t larger_word(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 2) return larger_halves<T>(a, b);
+  return bits_of_float(larger(float_of_bits(a), float_of_bits(b)));
 }
 template <typename T>
 constexpr uint32_t kMinusInfinityWord = 0xff800000u;  // float
