@@ -83,7 +83,7 @@ MUTATIONS = [
              "gradient.counts ? g : 0u", "g",
              BACKWARD, [variant(TILES_OF_WORDS, ignored="all")], AssertionError, "grad"),
     Mutation("a shuffle too few", "row_state.cuh",
-             "offset > 0; offset /= 2) v = larger", "offset > 1; offset /= 2) v = larger",
+             "if (offset < width) v = merge", "if (2 * offset < width) v = merge",
              FORWARD, [REGISTER_ROWS], AssertionError, "output"),
     Mutation("an element counted twice at the end", "elements.cuh",
              ": last(part.tail + t),", ": last(part.tail + t - 1),",

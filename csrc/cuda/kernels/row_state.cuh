@@ -93,16 +93,36 @@ struct Exponentials<__half> : HalfExponentials {
   using HalfExponentials::HalfExponentials;
 };
 
-template <typename acc>
-__device__ __forceinline__ acc max_in_warp(acc v, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) v = larger(v, __shfl_xor_sync(0xffffffffu, v, offset));
+// Over each aligned group of `width` lanes. From Hopper on a shuffle that goes unused takes two instructions, a turn of
+// the loop nine; before, with a check whether the warp is together, six and eight. Of float64, whose rows take all
+// registers, the loop.
+template <typename acc, typename Merge>
+__device__ __forceinline__ acc merge_lanes(acc v, int width, Merge merge) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr bool kLoop = true;
+#else
+  constexpr bool kLoop = sizeof(acc) == 8;
+#endif
+  if constexpr (kLoop) {
+    for (int offset = width / 2; offset > 0; offset /= 2) v = merge(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  } else {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const acc other = __shfl_xor_sync(0xffffffffu, v, offset);
+      if (offset < width) v = merge(v, other);
+    }
+  }
   return v;
 }
 
 template <typename acc>
+__device__ __forceinline__ acc max_in_warp(acc v, int width) {
+  return merge_lanes(v, width, [](acc a, acc b) { return larger(a, b); });
+}
+
+template <typename acc>
 __device__ __forceinline__ acc sum_in_warp(acc v, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
+  return merge_lanes(v, width, [](acc a, acc b) { return a + b; });
 }
 
 // All lanes of each aligned group of `width` (a power of two) lanes end with the state of the group. Every lane of the
