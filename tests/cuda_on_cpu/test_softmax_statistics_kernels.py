@@ -41,7 +41,11 @@ ALONE = [
 
 @pytest.mark.parametrize("case", CASES + SHIFTED + SPECIAL + ALONE, ids=str)
 def test_value(case: StatisticsCase, kernels: Kernels) -> None:
+    kernels.launched.clear()
     check_softmax_statistics(kernels, case, Settings())
+    form = "planes" if len(case.shape) > 2 else "rows"
+    names = [f"softmax_statistics_{form}_kernel", f"softmax_statistics_backward_{form}_kernel"]
+    assert [launch.name for launch in kernels.launched] == names
 
 
 @pytest.mark.parametrize("case", CASES[::3] + SPECIAL, ids=str)
