@@ -2,8 +2,8 @@
 
     python examples/contrastive.py
 
-Each thing is seen twice, through two matrices that nobody knows, with noise. Of a batch, every view is told from all others by
-one pass over the similarities in each direction; the scale is a parameter, and gets its gradient from the same pass.
+Each thing is seen twice, through two matrices that nobody knows, with noise. Of a batch, every view is told from all others, by
+rows and by columns of one matrix of similarities; the scale is a parameter, and gets its gradient.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class Pairs(torch.nn.Module):
         """The loss, and how many of the pairs are found."""
         a, b = (torch.nn.functional.normalize(f(x), dim=1) for f, x in ((self.first, a), (self.second, b)))
         similarity, pair = a @ b.t(), torch.arange(len(a), device=DEVICE)
-        # By rows and by columns of one matrix, which is not copied.
         both = [softmax_statistics(similarity, pair, dim=d, logit_scale=self.log_scale.exp()) for d in (1, 0)]
         loss = -sum(s.log_prob.mean() for s in both) / 2
         found = sum((s.prediction == pair).float().mean() for s in both) / 2

@@ -102,11 +102,32 @@ def checks(device: torch.device) -> Iterator[tuple[str, float]]:
             logits.to(device, copy=True).requires_grad_(),
             logits.to(torch.float64, copy=True).requires_grad_(),
         )
+        actual = torch.stack(nllx.functional.softmax_statistics(ours, index.to(device), dim=dim)[:3])  # type: ignore[arg-type]
+        yield from compare(
+            f"softmax_statistics {tuple(shape)} {str(dtype)[6:]}",
+            actual,
+            statistics(theirs, index, dim),
+            ours,
+            theirs,
+            dtype,
+        )
+        ours, theirs = (
+            logits.to(device, copy=True).requires_grad_(),
+            logits.to(torch.float64, copy=True).requires_grad_(),
+        )
         actual = nllx.functional.mse_loss(ours, probabilities.to(device), reduction=reduction)
         expected = torch.nn.functional.mse_loss(theirs, probabilities.double(), reduction=reduction)
         yield from compare(
             f"mse_loss {tuple(shape)} {str(dtype)[6:]} {reduction}", actual, expected, ours, theirs, dtype
         )
+
+
+def statistics(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """Log-probability, logsumexp and entropy of the rows that count, by torch."""
+    counts = index != -100
+    log_p = torch.log_softmax(x, dim)
+    chosen = log_p.gather(dim, index.clamp(min=0).unsqueeze(dim)).squeeze(dim)
+    return torch.stack([chosen, x.logsumexp(dim), -(log_p.exp() * log_p).sum(dim)]) * counts
 
 
 def compare(

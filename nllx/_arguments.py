@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
+from nllx import _C
 from nllx._operators.shapes import MEAN, MEAN_OR_ZERO
 
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
@@ -56,13 +57,20 @@ def integer(op: str, name: str, value: Any) -> int:
     return number
 
 
+def _is_constant(value: Tensor) -> bool:
+    """Whether a tensor is a number that nothing is differentiated with respect to."""
+    if value.dim() != 0 or value.is_complex() or value.requires_grad:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not _C.has_tangent(value) and not torch._C._functorch.is_gradtrackingtensor(value)
+
+
 def real(op: str, name: str, value: Any) -> float:
     """As torch takes a float: a real number (NumPy's too), or a tensor of no dimension that needs no gradient."""
     if is_traced_number(value):
         value = value.item()
-    if not isinstance(value, numbers.Real) and not (
-        isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not value.is_complex()
-    ):
+    if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and _is_constant(value)):
         raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
     return float(value)
 

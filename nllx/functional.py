@@ -29,7 +29,7 @@ from nllx._arguments import (
     stacklevel_of_caller,
 )
 from nllx._operators.losses import in_onnx_export
-from nllx._operators.shapes import MEAN_OR_ZERO
+from nllx._operators.shapes import MEAN_OR_ZERO, check_dtype, is_counted
 
 __all__ = [
     "SoftmaxStatistics",
@@ -407,7 +407,7 @@ class SoftmaxStatistics(NamedTuple):
 def _statistics_of(cls: type[SoftmaxStatistics], *values: Any, **named: Any) -> SoftmaxStatistics:
     """From the statistics, or from an iterable of them, as classes of tensors make torch's named tuples anew."""
     if len(values) == 1 and not named:
-        return tuple.__new__(cls, values[0])
+        return _new_statistics(cls, *values[0])
     return _new_statistics(cls, *values, **named)
 
 
@@ -422,7 +422,7 @@ def softmax_statistics(
     dim: int = -1,
     ignore_index: int = -100,
     logit_scale: float | Tensor = 1.0,
-    softcap: float | None = None,
+    softcap: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     outputs: Iterable[str] | None = None,
 ) -> SoftmaxStatistics:
@@ -451,8 +451,8 @@ def softmax_statistics(
             they hold.
         logit_scale: :math:`s`: a number, a tensor of no dimension, or one number per row (the shape of ``target``). A tensor
             that requires grad gets its gradient.
-        softcap: :math:`t`, positive (Gemma 2: 30). A logit of -inf is then -t and no mask.
-        temperature: :math:`T`, as ``logit_scale``; a number has to be positive.
+        softcap: :math:`t`, positive (Gemma 2: 30), as ``logit_scale``. A logit of -inf is then -t and no mask.
+        temperature: :math:`T`, positive, as ``logit_scale``. Of tensors nobody looks at the values.
         outputs: The names of the statistics that are wanted. By default all; ``"log_prob"`` where there is a target.
 
     Returns:
@@ -470,8 +470,9 @@ def softmax_statistics(
 
     Cost:
         The forward reads the logits once and saves them with three numbers per row, the backward reads them once and writes
-        the gradient once, whatever was asked for. Scale, softcap and temperature are torch's operations on the logits in
-        float32, before them.
+        the gradient once, whatever was asked for. Scale, softcap and temperature are torch's operations before that: they
+        make and save tensors of the size of the logits in float32, and the gradient of such a tensor is torch's sum, whose
+        last bits depend on the number of threads.
     """
     if has_torch_function_variadic(logits, target):
         refuse_nested("softmax_statistics", logits)
@@ -492,12 +493,14 @@ def softmax_statistics(
     dim = integer("softmax_statistics", "dim", dim)
     ignore_index = integer("softmax_statistics", "ignore_index", ignore_index)
     names = SoftmaxStatistics._fields
+    if not isinstance(outputs, Iterable | None):
+        raise TypeError(f"softmax_statistics(): argument 'outputs' must be names, not {type(outputs).__name__}")
     wanted = {name for name in names if name != "log_prob" or target is not None} if outputs is None else set(outputs)
     if not wanted <= set(names) or isinstance(outputs, str):
         raise ValueError(f"softmax_statistics: outputs must be of {', '.join(names)}, but got {outputs!r}")
     if "log_prob" in wanted and target is None:
         raise ValueError("softmax_statistics: log_prob is of a target, and none was given")
-    z = _compared("softmax_statistics", logits, dim, logit_scale, softcap, temperature)
+    z = _compared("softmax_statistics", logits, target, dim, ignore_index, logit_scale, softcap, temperature)
     function = _operators.softmax_statistics.forward if in_onnx_export() else _softmax_statistics
     results = function(z, target, dim, ignore_index, "entropy" in wanted, "prediction" in wanted)
     return SoftmaxStatistics(
@@ -508,12 +511,30 @@ def softmax_statistics(
 def _compared(
     op: str,
     logits: Tensor,
+    target: Tensor | None,
     dim: int,
+    ignore_index: int,
     logit_scale: float | Tensor,
-    softcap: float | None,
+    softcap: float | Tensor | None,
     temperature: float | Tensor,
 ) -> Tensor:
     """What the classes are compared by: the logits after scale, softcap and temperature, in float32 or wider."""
+    if not isinstance(logit_scale, Tensor) and not isinstance(temperature, Tensor) and softcap is None:
+        logit_scale, temperature = real(op, "logit_scale", logit_scale), real(op, "temperature", temperature)
+        if logit_scale == 1.0 and temperature == 1.0:
+            return logits
+    check_dtype(op, logits.dtype)
+    if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
+        return logits  # which the operator refuses
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dim %= logits.dim()
+    rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
+    z = logits.to(acc)
+    counts = None
+    if target is not None and list(target.shape) == rows and not target.is_floating_point():
+        # Of rows that do not count nothing is taken: what they hold, and what belongs to them, would be in gradients.
+        counts = is_counted(target, ignore_index).unsqueeze(dim)
+        z = torch.where(counts, z, 0.0)
 
     def factor(name: str, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor):
@@ -523,35 +544,33 @@ def _compared(
                 )
             if value.dim() == 0:
                 return value.to(acc)
-            rows = [*logits.shape[: dim % logits.dim()], *logits.shape[dim % logits.dim() + 1 :]]
             if list(value.shape) != rows:
                 raise ValueError(
                     f"{op}: {name} must be a number, a tensor of no dimension or one number per row, of shape {rows}, but got "
                     f"shape {list(value.shape)}"
                 )
-            return value.to(acc).unsqueeze(dim)
+            value = value.to(acc).unsqueeze(dim)
+            return value if counts is None else torch.where(counts, value, 1.0)
         number = real(op, name, value)
-        if not math.isfinite(number) or (name == "temperature" and number <= 0):
-            wanted = "a positive number" if name == "temperature" else "a finite number"
+        # In comparisons, which a compiler traces of a number that changes.
+        if not (0.0 if name != "logit_scale" else -math.inf) < number < math.inf:
+            wanted = "a finite number" if name == "logit_scale" else "a positive number"
             raise ValueError(f"{op}: {name} must be {wanted}, but got {value!r}")
         return number
 
-    if not isinstance(logit_scale, Tensor) and not isinstance(temperature, Tensor) and softcap is None:
-        if logit_scale == 1.0 and temperature == 1.0:
-            return logits
-    if not logits.is_floating_point() or logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
-        return logits  # which the operator refuses
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scale, divisor = factor("logit_scale", logit_scale), factor("temperature", temperature)
-    z = logits.to(acc)
-    if isinstance(scale, Tensor) or scale != 1.0:
-        z = z * scale
+    def scaled(z: Tensor, by: Callable[[Tensor, Any], Tensor], value: float | Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            return z if value == 1.0 else by(z, value)
+        # Infinity times a gradient of zero would be NaN in the gradient of the factor.
+        infinite = z.isinf()
+        return torch.where(infinite, by(z, value.detach()), by(torch.where(infinite, 0.0, z), value))
+
+    divisor = factor("temperature", temperature)
+    z = scaled(z, torch.mul, factor("logit_scale", logit_scale))
     if softcap is not None:
-        cap = real(op, "softcap", softcap)
-        if not (math.isfinite(cap) and cap > 0):
-            raise ValueError(f"{op}: softcap must be a positive number, but got {softcap!r}")
-        z = cap * torch.tanh(z / cap)
-    return z / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else z
+        cap = factor("softcap", softcap)
+        z = cap * torch.tanh(scaled(z, torch.div, cap))
+    return scaled(z, torch.div, divisor)
 
 
 def mse_loss(

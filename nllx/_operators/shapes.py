@@ -60,8 +60,9 @@ def is_probabilities(input: Tensor, target: Tensor) -> bool:
 
 
 def is_counted(target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows are not ignored."""
-    return (target.long() if target.dtype in _WIDE_UNSIGNED else target) != ignore_index
+    """Which rows are not ignored. As int64: torch takes a number that lies outside of a dtype for what is left of it there,
+    so that -100 would be class 156 of uint8."""
+    return target.long() != ignore_index
 
 
 def row_shape(input: Tensor) -> list[int]:

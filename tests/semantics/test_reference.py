@@ -10,6 +10,8 @@ from cases import CASES, Case, Problem, build, grad_output, select
 from oracle import Reference, answer
 from torch.testing import assert_close
 
+from nllx import _operators
+
 _DOUBLE = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}  # sums of a few thousand float64 numbers
 
 
@@ -108,3 +110,31 @@ def _float64_literals():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "ignore_index"),
+    [
+        (torch.uint8, 156, -100),
+        (torch.uint8, 255, -1),
+        (torch.int8, 1, 257),
+        (torch.int16, 1, 2**16 + 1),
+        (torch.int32, 1, 2**32 + 1),
+    ],
+)
+@pytest.mark.parametrize("op", ["cross_entropy", "nll_loss", "softmax_statistics"])
+def test_an_ignore_index_outside_of_the_targets_dtype(
+    op: str, dtype: torch.dtype, target: int, ignore_index: int
+) -> None:
+    """…names no class: compared in the target's dtype, what is left of it there would."""
+    x = torch.randn(1, 300, dtype=torch.float64)
+    found = []
+    for of in (dtype, torch.int64):
+        index = torch.tensor([target], dtype=of)
+        if op == "softmax_statistics":
+            result = _operators.softmax_statistics.forward(x, index, 1, ignore_index)[0]
+        else:
+            result = getattr(_operators, op).forward(x, index, None, 1, ignore_index)[0]
+        found.append(result)
+    assert_close(*found)
+    assert found[0] != 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -332,6 +333,64 @@ def test_scale_softcap_and_temperature(kind: str, softcap: float | None, dtype: 
         assert_close(a, b.to(a.dtype), rtol=max(1e-4, 4 * torch.finfo(a.dtype).eps), atol=1e-4)
 
 
+def test_gradient_of_the_softcap() -> None:
+    x, target, _ = _problem("rows", torch.float64)
+    caps = [torch.tensor(3.0, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    found = softmax_statistics(x, target, softcap=caps[0])
+    wanted = _formulas(_z(x, 1.0, caps[1], 1.0), target, 1)
+    assert_close(
+        *(
+            torch.autograd.grad(sum(t.sum() for t in s[:3]), cap)[0]
+            for s, cap in zip((found, wanted), caps, strict=True)
+        )
+    )
+
+    def f(cap: Tensor) -> Tensor:
+        return softmax_statistics(x, target, softcap=cap).entropy.sum()
+
+    one = torch.ones((), dtype=torch.float64)
+    tangent = torch.func.jvp(f, (caps[0].detach(),), (one,))[1]
+    assert_close(tangent, torch.func.grad(f)(caps[0].detach()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_under_options_ignored_rows_hold_anything_too(bad: float) -> None:
+    x = torch.randn(3, 5)
+    x[1, 2] = bad
+    factors = torch.tensor([1.5, 0.0, 0.7])
+    target = torch.tensor([0, -100, 4])
+    leaves = [t.clone().requires_grad_() for t in (x, torch.tensor(2.0), factors)]
+    found = softmax_statistics(leaves[0], target, logit_scale=leaves[1], softcap=5.0, temperature=leaves[2])
+    grads = torch.autograd.grad(sum(t.sum() for t in found[:3]), leaves)
+    kept = torch.tensor([0, 2])
+    others = [t.clone().requires_grad_() for t in (x[kept], torch.tensor(2.0), factors[kept])]
+    found = softmax_statistics(others[0], target[kept], logit_scale=others[1], softcap=5.0, temperature=others[2])
+    expected = torch.autograd.grad(sum(t.sum() for t in found[:3]), others)
+    assert_close([grads[0][kept], grads[1], grads[2][kept]], [*expected])
+    assert (grads[0][1] == 0).all()
+    assert grads[2][1] == 0
+
+
+def test_masked_classes_under_a_scale() -> None:
+    """The limit, where torch's product of a gradient of zero and infinity is NaN."""
+    x = torch.tensor([[1.0, 2.0, -torch.inf]], dtype=torch.float64)
+    grads = []
+    for logits in (x, x[:, :2]):
+        factors = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, 0.7)]
+        found = softmax_statistics(logits, torch.tensor([0]), logit_scale=factors[0], temperature=factors[1])
+        grads.append(torch.autograd.grad(sum(t.sum() for t in found[:3]), factors))
+    assert_close(*grads)
+    found = softmax_statistics(x, logit_scale=torch.tensor(-1.0))
+    assert found.prediction == 2
+
+
+def test_compiled_with_a_temperature_that_changes() -> None:
+    x = torch.randn(4, 9)
+    compiled = torch.compile(lambda x, t: softmax_statistics(x, temperature=t, softcap=10.0).entropy, fullgraph=True)
+    for temperature in (0.5, 0.25, 0.3):
+        assert_close(compiled(x, temperature), softmax_statistics(x, temperature=temperature, softcap=10.0).entropy)
+
+
 def test_under_a_softcap_a_mask_is_none() -> None:
     found = softmax_statistics(torch.tensor([0.0, -torch.inf]), softcap=5.0)
     assert_close(found.logsumexp, torch.tensor([0.0, -5.0]).logsumexp(0))
@@ -346,6 +405,8 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale of the wrong shape": ({"logit_scale": torch.ones(3)}, ValueError, "one number per row, of shape"),
     "scale of the wrong type": ({"logit_scale": "2"}, TypeError, "logit_scale"),
     "complex scale": ({"logit_scale": torch.ones((), dtype=torch.complex64)}, TypeError, "logit_scale"),
+    "array as scale": ({"logit_scale": np.array([1.0, 2.0])}, TypeError, "logit_scale"),
+    "number as outputs": ({"outputs": 5}, TypeError, "outputs"),
     "unknown output": ({"outputs": ["entropie"]}, ValueError, "outputs must be of"),
     "a name as outputs": ({"outputs": "entropy"}, ValueError, "outputs must be of"),
     "log_prob of nothing": ({"target": None, "outputs": ["log_prob"]}, ValueError, "log_prob is of a target"),
