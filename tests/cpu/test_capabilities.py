@@ -54,7 +54,7 @@ def test_capability(capability: str) -> None:
 @pytest.mark.parametrize(("cpu", "capability"), [("Nehalem", "default"), ("IvyBridge", "default"), ("Haswell", "avx2")])
 def test_on_an_emulated_cpu(cpu: str, capability: str) -> None:
     """This very binary on a CPU without AVX, with AVX alone, and without AVX-512: no instruction that it does not have,
-    at which qemu ends the process, in 840 comparisons with torch."""
+    at which qemu ends the process, in comparisons with torch."""
     environment = {name: value for name, value in os.environ.items() if name != "NLLX_CPU_CAPABILITY"}
     command = ["qemu-x86_64", "-cpu", cpu, sys.executable, "-m", "nllx"]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
