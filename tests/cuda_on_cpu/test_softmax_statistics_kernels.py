@@ -39,7 +39,10 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES + SHIFTED + SPECIAL + ALONE, ids=str)
+EQUAL = [StatisticsCase(shape, equal=True) for shape in ((1, 50_257, 2), (2, 50_257))]
+
+
+@pytest.mark.parametrize("case", CASES + SHIFTED + SPECIAL + ALONE + EQUAL, ids=str)
 def test_value(case: StatisticsCase, kernels: Kernels) -> None:
     kernels.launched.clear()
     check_softmax_statistics(kernels, case, Settings())

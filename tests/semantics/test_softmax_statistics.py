@@ -198,6 +198,24 @@ def test_special_values(dtype: torch.dtype, planes: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("classes", "masked"), [(1500, slice(0, 1024)), (70_000, slice(60_000, None)), (70_000, slice(0, 40_000))]
+)
+def test_blocks_of_masks(classes: int, masked: slice, dtype: torch.dtype) -> None:
+    """A block or a segment of a row that holds nothing but the lowest number, beside others."""
+    x = torch.randn(2, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, masked] = torch.finfo(dtype).min
+    for dim in (1, 0):
+        ours, theirs = (x.movedim(1, dim).contiguous().requires_grad_() for _ in range(2))
+        found, wanted = softmax_statistics(ours, dim=dim), _formulas(theirs, None, dim)
+        for name in ("logsumexp", "entropy"):
+            a, b = getattr(found, name), wanted[NAMES.index(name)]
+            assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(s[1].sum() + s[2].sum(), leaf)[0] for s, leaf in ((found, ours), (wanted, theirs))]
+        assert_close(grads[0].double(), grads[1].double(), rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ignored_rows_hold_anything(dtype: torch.dtype) -> None:
     x = torch.randn(4, 9).to(dtype)
     x[1], x[3] = torch.nan, torch.inf

@@ -19,7 +19,9 @@ struct RowSums {
   void refer_to(acc new_max) {
     const double shift = static_cast<double>(finite_max(max)) - static_cast<double>(finite_max(new_max));
     if constexpr (kTerms == Terms::kMoment) {
-      if (!is_minus_infinity(max)) dot = (dot + sum * shift) * exp(shift);
+      // Of what vanishes a product with the lowest number of its type would be infinite.
+      const double moved = shift < kVanishing<double> ? kVanishing<double> : shift;
+      if (!is_minus_infinity(max)) dot = (dot + sum * moved) * exp(shift);
     }
     if (!is_minus_infinity(max)) sum *= exp(shift);  // else it is zero, or NaN
     if (mass != 0) dot += mass * shift;              // without any, there is nothing to move, be it by infinity

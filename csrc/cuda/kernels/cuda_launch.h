@@ -38,7 +38,10 @@ void allow_shared(int bytes, int most) {
   if (cudaGetDevice(&device) != cudaSuccess) return;
   const uint64_t bit = uint64_t{1} << device % 64;
   if (preferred.load(std::memory_order_relaxed) & bit) return;
-  cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
+      cudaSuccess) {
+    cudaGetLastError();  // no error of the launch to come
+  }
   preferred.fetch_or(bit, std::memory_order_relaxed);
 }
 template <typename... Parameters>

@@ -175,7 +175,7 @@ template <typename T>
 __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
     softmax_statistics_planes_kernel(SoftmaxStatisticsForward p, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
-  constexpr int kAtOnce = kPlaneClassesAtOnce;
+  constexpr int kAtOnce = kPlaneClassesAtOnce, kBlock = 64;
   const PlaneTile where(p.extent, kStatisticsThreads, 1);
   const int64_t classes = p.extent.classes, stride = p.logits_strides.classes;
   for (int64_t tile = blockIdx.x; tile < where.tiles; tile += gridDim.x) {
@@ -189,12 +189,17 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
     acc target_logit = 0;
     if (y.counts) {
       if (y.index >= 0) target_logit = to_acc(x[y.index * stride]);
-      for (int64_t start = 0; start < classes; start += kAtOnce) {
-        acc values[kAtOnce];
+      for (int64_t first = 0; first < classes; first += kBlock) {  // in blocks: fewer additions to a large sum
+        const int64_t end = classes - first < kBlock ? classes : first + kBlock;
+        MomentState<acc> block = MomentState<acc>::empty();
+        for (int64_t start = first; start < end; start += kAtOnce) {
+          acc values[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-          values[j] = start + j < classes ? to_acc(x[(start + j) * stride]) : to_acc(minus_infinity_of<T>());
-        s.template add<kAtOnce>([&](int i) { return values[i]; }, [&](int i) { return start + i; });
+          for (int j = 0; j < kAtOnce; ++j)
+            values[j] = start + j < end ? to_acc(x[(start + j) * stride]) : to_acc(minus_infinity_of<T>());
+          block.template add<kAtOnce>([&](int i) { return values[i]; }, [&](int i) { return start + i; });
+        }
+        s.merge(block);
       }
     }
     store_statistics(p, row, y.counts, s, target_logit);
