@@ -180,10 +180,13 @@ EXPORT int neighbours(bool barrier_before, bool barrier_after, float* out) {
 EXPORT int banks(int bytes, int stride) {
   const auto shared = static_cast<size_t>(64 * stride * bytes);
   if (bytes == 8) {
+    ALLOW_SHARED((banks_kernel<double>), static_cast<int>(shared), static_cast<int>(shared));
     CUDA_LAUNCH((banks_kernel<double>), dim3(1), dim3(64), shared, nullptr, stride);
   } else if (bytes == 4) {
+    ALLOW_SHARED((banks_kernel<float>), static_cast<int>(shared), static_cast<int>(shared));
     CUDA_LAUNCH((banks_kernel<float>), dim3(1), dim3(64), shared, nullptr, stride);
   } else {
+    ALLOW_SHARED((banks_kernel<uint16_t>), static_cast<int>(shared), static_cast<int>(shared));
     CUDA_LAUNCH((banks_kernel<uint16_t>), dim3(1), dim3(64), shared, nullptr, stride);
   }
   return cudaGetLastError();

@@ -29,13 +29,13 @@ def bad_values(dtype: torch.dtype, classes: int) -> list[int]:
     return sorted({v for v in wanted if limits.min <= v <= limits.max and not 0 <= v < classes and v != IGNORE_INDEX})
 
 
-def check_record(bad: BadTarget, value: int, rows: list[int], classes: int, order: int) -> None:
+def check_record(bad: BadTarget, value: int, rows: list[int], classes: int) -> None:
     assert bad.claimed == bad.ready == 1
     # Of uint64 what no int64 holds is the largest one.
     assert (bad.value, bad.classes, bad.ignore_index) == (min(value, 2**63 - 1), classes, IGNORE_INDEX)
-    # The first that is found stays.
-    assert bad.row == {ASCENDING: rows[0], DESCENDING: rows[-1]}.get(order, bad.row)
-    assert bad.row in rows
+    assert (
+        bad.row in rows
+    )  # the first that is found, and stays: which, the order of threads behind their shuffles decides
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,7 +59,7 @@ def test_out_of_range(family: str, dtype: torch.dtype, reduction: str, order: in
         target = torch.tensor(indices, dtype=dtype).view(problem.target.shape)
         result = run(kernels, Problem(case, problem.input, target, problem.weight), settings)
         for bad in result.bad:
-            check_record(bad, value, rows, case.classes, order)
+            check_record(bad, value, rows, case.classes)
         # As if those rows were ignored, which the kernels' values are tested for.
         ignored = problem.target.long()
         ignored.view(-1)[rows] = IGNORE_INDEX
