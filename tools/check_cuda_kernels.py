@@ -58,10 +58,10 @@ REGISTER_BUDGETS = {
     "nll_loss_forward_kernel": 80,
     "probability_mass_planes_kernel": 72,
     "probability_mass_rows_kernel": 80,
-    "softmax_statistics_backward_planes_kernel": 64,
-    "softmax_statistics_backward_rows_kernel": 80,
-    "softmax_statistics_planes_kernel": 176,
-    "softmax_statistics_rows_kernel": 88,
+    "softmax_statistics_backward_planes_kernel": 96,
+    "softmax_statistics_backward_rows_kernel": 112,
+    "softmax_statistics_planes_kernel": 216,
+    "softmax_statistics_rows_kernel": 96,
 }
 
 
