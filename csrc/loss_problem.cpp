@@ -178,21 +178,6 @@ void fill_empty(const LossProblem& loss, int64_t reduction, Tensor& result, Tens
   result.fill_(static_cast<Reduction>(reduction) == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.);
 }
 
-namespace {
-
-template <typename Problem>
-Problem problem_of(const LossProblem& loss, const Arrays& arrays) {
-  Problem p;
-  p.extent = arrays.extent;
-  p.layout = arrays.layout;
-  p.logits = loss.input.const_data_ptr();
-  p.logits_strides = arrays.strides[0];
-  p.targets = loss.targets;
-  return p;
-}
-
-}  // namespace
-
 CrossEntropyForward forward_problem(const LossProblem& loss, const Arrays& arrays, const Tensor& row_stats) {
   auto p = problem_of<CrossEntropyForward>(loss, arrays);
   p.row_stats = row_stats.mutable_data_ptr();

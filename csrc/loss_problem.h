@@ -62,6 +62,18 @@ at::Tensor empty_loss(const LossProblem& loss, int64_t reduction);
 // The loss of no rows, or of rows without classes.
 void fill_empty(const LossProblem& loss, int64_t reduction, at::Tensor& result, at::Tensor& total_weight);
 
+// What every kernel of rows of logits takes, from the problem and the layout that share_layout gave it.
+template <typename Problem>
+Problem problem_of(const LossProblem& loss, const Arrays& arrays) {
+  Problem p;
+  p.extent = arrays.extent;
+  p.layout = arrays.layout;
+  p.logits = loss.input.const_data_ptr();
+  p.logits_strides = arrays.strides[0];
+  p.targets = loss.targets;
+  return p;
+}
+
 // What the kernels take, from the problem and the layout that share_layout gave it, but for the losses of the rows
 // (forward), the incoming gradient and the divisor of the mean (backward).
 CrossEntropyForward forward_problem(const LossProblem& loss, const Arrays& arrays, const at::Tensor& row_stats);

@@ -1,7 +1,6 @@
 // The entries of softmax_statistics on any device, as those of nll_loss.
 #pragma once
 
-#include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
 #include "../loss_problem.h"
@@ -27,12 +26,7 @@ struct SoftmaxStatisticsEntries {
            row_stats = empty_beside(logits, stats_sizes, loss.acc_dtype);
     if (loss.rows() > 0) {
       const Arrays arrays = share_layout(loss, nullptr);
-      SoftmaxStatisticsForward p;
-      p.extent = arrays.extent;
-      p.layout = arrays.layout;
-      p.logits = loss.input.const_data_ptr();
-      p.logits_strides = arrays.strides[0];
-      p.targets = loss.targets;
+      auto p = problem_of<SoftmaxStatisticsForward>(loss, arrays);
       if (loss.targets.index) p.log_prob = log_prob.mutable_data_ptr();
       p.logsumexp = logsumexp.mutable_data_ptr();
       if (with_entropy) p.entropy = entropy.mutable_data_ptr();
@@ -61,12 +55,7 @@ struct SoftmaxStatisticsEntries {
     if (grad.numel() > 0) {
       const Arrays arrays = share_layout(loss, &computed);
       const Tensor stats = aligned(row_stats.contiguous());
-      SoftmaxStatisticsBackward p;
-      p.extent = arrays.extent;
-      p.layout = arrays.layout;
-      p.logits = loss.input.const_data_ptr();
-      p.logits_strides = arrays.strides[0];
-      p.targets = loss.targets;
+      auto p = problem_of<SoftmaxStatisticsBackward>(loss, arrays);
       p.row_stats = stats.const_data_ptr();
       if (log_prob.defined()) p.grad_log_prob = log_prob.const_data_ptr();
       if (logsumexp.defined()) p.grad_logsumexp = logsumexp.const_data_ptr();
