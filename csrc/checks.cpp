@@ -3,6 +3,8 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -188,6 +190,51 @@ void check_loss_arguments(const LossArguments& a) {
   check_devices(a);
 }
 
+void check_options(const char* op, const LossOptions& o, at::IntArrayRef row_sizes, const Tensor& input) {
+  const auto check = [&](const char* name, const OptionalTensor& option, bool one_in_all) {
+    if (!option.has_value() || !option->defined()) return;
+    const Tensor& t = *option;
+    TORCH_CHECK_TYPE(!t.is_complex(), op, "(): argument '", name, "' must be real, but has dtype ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.sizes() == row_sizes || (one_in_all && t.dim() == 0), op, ": ", name, " must be ",
+                      one_in_all ? "a number, a tensor of no dimension or one number per row" : "one number per row",
+                      ", of shape ", list(row_sizes), ", but got shape ", list(t.sizes()));
+    TORCH_CHECK(t.device() == input.device(), op,
+                ": Expected all tensors to be on the same device, but found at least two devices, ",
+                input.device().str(), " (the input) and ", t.device().str(), " (", name, "); call ", name, ".to(\"",
+                input.device().str(), "\")");
+    check_memory(op, name, t);
+  };
+  check("sample_weight", o.sample_weight, false);
+  check("logit_scale", o.logit_scale, true);
+  check("temperature", o.temperature, true);
+  TORCH_CHECK_VALUE(std::isfinite(o.scale) && std::isfinite(o.sharpness) && o.sharpness > 0, op,
+                    ": logit_scale must be a finite number and temperature a positive one; their numbers are ",
+                    number(o.scale), " and ", number(o.sharpness));
+  TORCH_CHECK_VALUE(o.softcap >= 0 && std::isfinite(o.softcap), op,
+                    ": softcap must be a positive number, or None, but got ", number(o.softcap));
+  TORCH_CHECK_VALUE(std::isfinite(o.z_loss), op, ": z_loss must be a finite number, but got ", number(o.z_loss));
+  if (input.scalar_type() == ScalarType::Double) return;
+  for (const double value : {o.scale, o.sharpness, o.softcap, o.softcap * o.sharpness, o.z_loss}) {
+    TORCH_CHECK_VALUE(std::fabs(value) <= std::numeric_limits<float>::max(), op,
+                      ": logit_scale, softcap, temperature and z_loss must be numbers of float32, which ", number(value),
+                      " is not, for logits of dtype ", input.scalar_type());
+  }
+}
+
+void check_divisor(const char* op, const OptionalTensor& divisor, int64_t reduction, const Tensor& input) {
+  if (!divisor.has_value() || !divisor->defined()) return;
+  TORCH_CHECK_VALUE(is_mean(static_cast<Reduction>(reduction)), op,
+                    ": divisor is what reduction 'mean' divides by; with another reduction divide the result");
+  TORCH_CHECK_TYPE(!divisor->is_complex(), op, "(): argument 'divisor' must be real, but has dtype ",
+                   divisor->scalar_type());
+  TORCH_CHECK_VALUE(divisor->dim() == 0, op, ": divisor must be a number or a tensor of no dimension, but got shape ",
+                    list(divisor->sizes()));
+  TORCH_CHECK(divisor->device() == input.device(), op,
+              ": Expected all tensors to be on the same device, but found at least two devices, ", input.device().str(),
+              " (the input) and ", divisor->device().str(), " (divisor)");
+  check_memory(op, "divisor", *divisor);
+}
+
 int64_t check_statistics_arguments(const char* op, const Tensor& logits, const OptionalTensor& target, int64_t dim,
                                    int64_t ignore_index) {
   TORCH_CHECK_INDEX(logits.dim() > 0, op,
@@ -274,13 +321,14 @@ void check_out(const char* op, const Tensor& out, const Tensor& input, const Ten
   check_no_internal_overlap(op, "out", out);
   check_memory(op, "out", out);
   const bool same = out.const_data_ptr() == input.const_data_ptr() && out.strides() == input.strides();
-  const auto check = [&](const char* name, const Tensor& t) {
-    TORCH_CHECK(!may_overlap(out, t), op, ": out shares memory with ", name,
-                ", which is read while out is written; give out memory of its own, or call ", name, ".clone()");
-  };
-  if (!same) check("logits", input);
-  check("target", target);
-  if (weight.has_value() && weight->defined()) check("weight", *weight);
+  if (!same) check_apart(op, out, "logits", input);
+  check_apart(op, out, "target", target);
+  check_apart(op, out, "weight", weight);
+}
+
+void check_apart(const char* op, const Tensor& out, const char* name, const OptionalTensor& t) {
+  TORCH_CHECK(!t.has_value() || !t->defined() || !may_overlap(out, *t), op, ": out shares memory with ", name,
+              ", which is read while out is written; give out memory of its own, or call ", name, ".clone()");
 }
 
 void check_reduced(const char* op, int64_t reduction) {

@@ -28,10 +28,23 @@ struct LossArguments {
   double label_smoothing = 0;
 };
 
+// What a row's logits are before they are compared, and its loss is multiplied with and divided by: see RowOptions.
+struct LossOptions {
+  const OptionalTensor& sample_weight;
+  const OptionalTensor& logit_scale;
+  const OptionalTensor& temperature;
+  double scale = 1, sharpness = 1, softcap = 0, z_loss = 0;
+};
+
 bool targets_are_probabilities(const LossArguments& args);
 
 // Checks all but the values of the target, in torch's order: input, shapes, dtypes, options, weight, devices.
 void check_loss_arguments(const LossArguments& args);
+
+// Each tensor of the options: one number per row, or one in all (but for sample_weight), and the numbers.
+void check_options(const char* op, const LossOptions& options, at::IntArrayRef row_sizes, const at::Tensor& input);
+// What a mean is divided by, of any other reduction an error; undefined for none.
+void check_divisor(const char* op, const OptionalTensor& divisor, int64_t reduction, const at::Tensor& input);
 
 // softmax_statistics: logits along `dim`, and an index for each row or none. Returns `dim`, counted from the first.
 int64_t check_statistics_arguments(const char* op, const at::Tensor& logits, const OptionalTensor& target, int64_t dim,
@@ -56,6 +69,8 @@ void check_no_internal_overlap(const char* op, const char* name, const at::Tenso
 // input, but not a part of it, and not one of the other tensors.
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& input, const at::Tensor& target,
                const OptionalTensor& weight);
+// …for another tensor that is read while `out` is written.
+void check_apart(const char* op, const at::Tensor& out, const char* name, const OptionalTensor& t);
 // t, or a copy of it where it shares memory with `out`, if that is given: what is read while out is written.
 at::Tensor apart_from(const at::Tensor& t, const at::Tensor& out);
 

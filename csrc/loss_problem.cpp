@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/util/safe_numerics.h>
 
 #include "message.h"
@@ -129,6 +130,33 @@ LossProblem make_statistics_problem(const char* op, const Tensor& logits, const 
   return p;
 }
 
+void take_options(LossProblem& p, const char* op, const LossOptions& o) {
+  check_options(op, o, p.row_sizes, p.input);
+  p.options.scale = o.scale;
+  p.options.sharpness = o.sharpness;
+  p.options.softcap = o.softcap;
+  p.options.z_loss = o.z_loss;
+  const auto take = [&](const OptionalTensor& option, Tensor& owner, const void*& pointer, int64_t* stride) {
+    if (!option.has_value() || !option->defined()) return;
+    owner = aligned(option->to(p.acc_dtype).contiguous());
+    pointer = owner.const_data_ptr();
+    if (stride) *stride = owner.dim() == 0 ? 0 : 1;
+  };
+  take(o.sample_weight, p.sample_weight, p.options.sample_weight, nullptr);
+  take(o.logit_scale, p.logit_scale, p.options.logit_scale, &p.options.logit_scale_stride);
+  take(o.temperature, p.temperature, p.options.temperature, &p.options.temperature_stride);
+}
+
+Tensor given_divisor(const Tensor& divisor, int64_t reduction) {
+  if (static_cast<Reduction>(reduction) != Reduction::kMeanOrZero) return divisor;
+  return divisor.masked_fill(divisor.eq(0), std::numeric_limits<double>::infinity());
+}
+
+void take_divisor(LossProblem& p, const char* op, const OptionalTensor& divisor, int64_t reduction) {
+  check_divisor(op, divisor, reduction, p.input);
+  if (divisor.has_value() && divisor->defined()) p.divisor = divisor->to(p.acc_dtype);
+}
+
 Tensor incoming_gradient(const Tensor& grad_output, const LossProblem& loss, const char* op, int64_t reduction,
                          const void*& pointer, int64_t& stride) {
   const bool per_row = is_per_row(reduction);
@@ -174,6 +202,11 @@ Tensor empty_loss(const LossProblem& loss, int64_t reduction) {
 }
 
 void fill_empty(const LossProblem& loss, int64_t reduction, Tensor& result, Tensor& total_weight) {
+  if (loss.divisor.defined()) {
+    total_weight.copy_(given_divisor(loss.divisor, reduction));
+    result.copy_(at::zeros_like(total_weight).div_(total_weight));
+    return;
+  }
   total_weight.fill_(loss.probability_rows());
   result.fill_(static_cast<Reduction>(reduction) == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.);
 }

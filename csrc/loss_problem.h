@@ -19,6 +19,8 @@ struct LossProblem {
   at::Tensor input;          // in the dtype that is computed from
   at::Tensor probabilities;  // of the shape of the input; undefined for index targets
   at::Tensor index, weight, weight_sum;
+  at::Tensor sample_weight, logit_scale, temperature;
+  at::Tensor divisor;  // acc; what a mean is divided by, where that was given
 
   bool probabilities_given = false;
   int64_t class_dim = 0;
@@ -26,6 +28,8 @@ struct LossProblem {
   at::DimVector row_sizes;            // the shape of an unreduced loss
   at::DimVector stats_sizes() const;  // (..., 2): maximum and log-sum of each row
   Targets targets;                    // but for probability_strides
+  RowOptions options;
+  const RowOptions* row_options() const { return options.any() ? &options : nullptr; }
 
   int64_t rows() const;
   // The divisor of the mean for probability targets: torch's numel / C, so the mean over no classes is NaN.
@@ -40,6 +44,12 @@ struct LossProblem {
 // Raises for bad arguments. `loss_dtype`: that of the loss; by default torch's, which is the dtype of the input, or
 // that of input, target and weight promoted for probability targets.
 LossProblem make_loss_problem(const LossArguments& args, std::optional<at::ScalarType> loss_dtype);
+
+// Adds the options, and raises for bad ones.
+void take_options(LossProblem& loss, const char* op, const LossOptions& options);
+// The divisor as it divides: infinite where it is 0 and the mean over nothing is to be 0.
+at::Tensor given_divisor(const at::Tensor& divisor, int64_t reduction);
+void take_divisor(LossProblem& loss, const char* op, const OptionalTensor& divisor, int64_t reduction);
 
 // The rows of logits along `dim` with an index target or none, in the order of a contiguous target. Raises for bad
 // arguments.
@@ -71,6 +81,7 @@ Problem problem_of(const LossProblem& loss, const Arrays& arrays) {
   p.logits = loss.input.const_data_ptr();
   p.logits_strides = arrays.strides[0];
   p.targets = loss.targets;
+  p.options = loss.row_options();
   return p;
 }
 

@@ -60,6 +60,25 @@ struct Targets {
   double zero_divisor = 0;  // what takes the place of a divisor of zero in the mean
 };
 
+// What a row's logits x are before they are compared, and what its loss is multiplied with. The classes are compared by
+//   z = sharpness / temperature softcap tanh(scale logit_scale x / softcap)
+// or without a softcap (0) by z = scale logit_scale sharpness / temperature x. Tensors are acc; null: ones.
+struct RowOptions {
+  const void* logit_scale = nullptr;  // one per row (stride 1) or one in all (stride 0), as the temperature
+  int64_t logit_scale_stride = 0;
+  const void* temperature = nullptr;
+  int64_t temperature_stride = 0;
+  double scale = 1, sharpness = 1, softcap = 0;
+  // Of the losses of cross entropy.
+  const void* sample_weight = nullptr;  // one per row
+  double z_loss = 0;                    // of the square of the log-sum-exp
+
+  constexpr bool map_logits() const {
+    return logit_scale || temperature || scale != 1 || sharpness != 1 || softcap != 0;
+  }
+  constexpr bool any() const { return map_logits() || sample_weight || z_loss != 0; }
+};
+
 struct CrossEntropyForward {
   Extent extent;
   Layout layout = Layout::kRows;
@@ -68,7 +87,8 @@ struct CrossEntropyForward {
   Targets targets;
   void* row_loss = nullptr;  // rows() losses, contiguous; may be null on the CPU
   bool row_loss_is_acc = false;
-  void* row_stats = nullptr;  // rows() pairs (max, log_sum) of acc, contiguous; zeros for an ignored row
+  void* row_stats = nullptr;            // rows() pairs (max, log_sum) of acc, contiguous; zeros for an ignored row
+  const RowOptions* options = nullptr;  // in the host's memory; null: none
 };
 
 struct CrossEntropyBackward {
@@ -83,6 +103,10 @@ struct CrossEntropyBackward {
   const void* total_weight = nullptr;  // acc; the divisor of the mean; null: no division
   void* grad_logits = nullptr;
   Strides grad_strides;
+  const RowOptions* options = nullptr;
+  void* grad_logit_scale = nullptr;  // as of SoftmaxStatisticsBackward
+  bool scale_gradient = false;
+  constexpr bool wants_scale_gradient() const { return scale_gradient || grad_logit_scale; }
 };
 
 struct NllLossForward {
@@ -118,7 +142,8 @@ struct SoftmaxStatisticsForward {
   void* entropy = nullptr;
   int64_t* prediction = nullptr;
   void* row_stats =
-      nullptr;  // rows() times (max, log_sum, mean of x - max under the softmax); zeros for an ignored row
+      nullptr;  // rows() times (max, log_sum, mean of z - max under the softmax); zeros for an ignored row
+  const RowOptions* options = nullptr;
 };
 
 struct SoftmaxStatisticsBackward {
@@ -134,6 +159,12 @@ struct SoftmaxStatisticsBackward {
   const void* grad_entropy = nullptr;
   void* grad_logits = nullptr;
   Strides grad_strides;
+  const RowOptions* options = nullptr;
+  // Null where it is not asked for, row by row. CPU: double, one for each unit of work (a row, or a segment of one), of
+  // which a row's are added in order. CUDA: acc, one per row.
+  void* grad_logit_scale = nullptr;
+  bool scale_gradient = false;  // the sum over the rows is asked for; CPU only
+  constexpr bool wants_scale_gradient() const { return scale_gradient || grad_logit_scale; }
 };
 
 struct LogSoftmaxForward {

@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,10 @@ def real(op: str, name: str, value: Any) -> float:
         value = value.item()
     if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and _is_constant(value)):
         raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}(): argument '{name}' is larger than any float") from None
 
 
 def is_nested(input: Any) -> bool:
@@ -126,3 +129,116 @@ def stacklevel_of_caller() -> int:
         while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").startswith("nllx."):
             frame, level = frame.f_back, level + 1
     return level
+
+
+class RowOptions(NamedTuple):
+    """The options of a loss of logits as the operators take them (csrc/operators/cross_entropy.h)."""
+
+    sample_weight: Tensor | None
+    logit_scale: Tensor | None
+    temperature: Tensor | None
+    divisor: Tensor | None
+    scale: float
+    sharpness: float
+    softcap: float
+    z_loss: float
+
+    def map(self) -> tuple[float, float, float]:
+        return self.scale, self.sharpness, self.softcap
+
+
+# The options' defaults, known by identity. Of other numbers than the integers 0 and 1 a compiler that traces for numbers that
+# change would make variables.
+ONE: float = 1
+ZERO: float = 0
+
+
+def _tensor(op: str, name: str, value: Any) -> Tensor:
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}(): argument '{name}' must be a real number or a tensor of them, not {value.dtype}")
+    return value
+
+
+def _positive(op: str, name: str, value: Any) -> float:
+    number = real(op, name, value)
+    if not 0.0 < number < math.inf:  # a comparison, which a compiler traces of a number that changes
+        raise ValueError(f"{op}: {name} must be a positive number, but got {value!r}")
+    return number
+
+
+def _finite(op: str, name: str, value: Any) -> float:
+    number = real(op, name, value)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{op}: {name} must be a finite number, but got {value!r}")
+    return number
+
+
+def row_options(
+    op: str,
+    logits: Tensor,
+    logit_scale: float | Tensor = ONE,
+    softcap: float | None = None,
+    temperature: float | Tensor = ONE,
+    z_loss: float = ZERO,
+    sample_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    with_graph: bool = True,
+) -> RowOptions:
+    """with_graph: whether the tensors may get gradients."""
+    if (
+        softcap is None
+        and sample_weight is None
+        and divisor is None
+        and logit_scale is ONE
+        and temperature is ONE
+        and z_loss is ZERO
+    ):
+        return RowOptions(None, None, None, None, 1.0, 1.0, 0.0, 0.0)
+    scale = sharpness = 1.0
+    of_scale = of_temperature = None
+    if isinstance(logit_scale, Tensor):
+        of_scale = _tensor(op, "logit_scale", logit_scale)
+    elif logit_scale is not ONE:
+        scale = _finite(op, "logit_scale", logit_scale)
+    if isinstance(temperature, Tensor):
+        of_temperature = _tensor(op, "temperature", temperature)
+    elif temperature is not ONE:
+        sharpness = 1.0 / _positive(op, "temperature", temperature)
+    cap = 0.0 if softcap is None else _positive(op, "softcap", softcap)
+    if sample_weight is not None and not isinstance(sample_weight, Tensor):
+        raise TypeError(f"{op}(): argument 'sample_weight' must be Tensor, not {type(sample_weight).__name__}")
+    if divisor is not None and not isinstance(divisor, Tensor):
+        number = divisor if isinstance(divisor, torch.SymInt | torch.SymFloat) else real(op, "divisor", divisor)
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{op}: divisor must be a number that is not negative, but got {divisor!r}")
+        divisor = torch.full([], number, dtype=torch.float64, device=logits.device)
+    # Without a softcap a learnable temperature is a scale, whose gradient the kernels have.
+    if (
+        with_graph
+        and softcap is None
+        and of_temperature is not None
+        and of_temperature.requires_grad
+        and of_temperature.dim() == 0
+        and of_temperature.device == logits.device
+    ):
+        wide = of_temperature.to(
+            torch.promote_types(torch.promote_types(of_temperature.dtype, logits.dtype), torch.float32)
+        )
+        of_scale, of_temperature = wide.reciprocal() if of_scale is None else of_scale / wide, None
+    of_square = 0.0 if z_loss is ZERO else _finite(op, "z_loss", z_loss)
+    return RowOptions(sample_weight, of_scale, of_temperature, divisor, scale, sharpness, cap, of_square)
+
+
+def check_row_numbers(op: str, reduction: str, **numbers: Any) -> None:
+    """The options of a module, which are numbers."""
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            in_call = (
+                f"; give a tensor in the call, criterion(..., {name}=tensor)"
+                if name not in ("softcap", "z_loss")
+                else ""
+            )
+            raise TypeError(f"{op}(): '{name}' is a number here{in_call}")
+    row_options(op, torch.empty(0), **numbers)
+    if numbers["divisor"] is not None and reduction != "mean":
+        raise ValueError(f"{op}: divisor is what reduction 'mean' divides by; with another reduction divide the result")

@@ -22,6 +22,7 @@ class Row(NamedTuple):
 
 # 352 rows are more than twice the multiprocessors of any of these GPUs, and none is split; 40 and 8 are fewer. Planes are
 # read in vectors from 512 vectors for each multiprocessor on.
+OPTIONS = "cross_entropy with options"  # of rows, which have kernels of their own
 ROWS = [
     Row("tile rows", "cross_entropy", (4096, 10)),
     Row("tile rows", "cross_entropy", (4096, 32)),
@@ -52,6 +53,9 @@ ROWS = [
     Row("block rows, cluster, kept in part, loads ahead", "log_softmax", (16, 262_144)),
     Row("planes", "log_softmax", (40, 21, 33, 35)),
     Row("planes, shared classes", "log_softmax", (4, 300, 7, 7)),
+    Row("options, rows by some of a warp", OPTIONS, (2048, 100)),
+    Row("options, rows by a block", OPTIONS, (352, 5003)),
+    Row("options, planes", OPTIONS, (40, 21, 33, 35)),
     Row("statistics, rows by some of a warp", "softmax_statistics", (2048, 100)),
     Row("statistics, rows by a block", "softmax_statistics", (352, 5003)),
     Row("statistics, planes", "softmax_statistics", (40, 21, 33, 35)),
@@ -63,6 +67,7 @@ ROWS = [
 DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
 # For the sanitizers, which slow a kernel down a hundredfold: (dtypes, the most elements).
 SMALL = (DTYPES[:2], 3_500_000)
+NUMBERS = {"softcap": 15.0, "temperature": 1.3, "z_loss": 0.01}  # beside the options that are tensors
 _PASSES = {"cross_entropy": ("forward", "backward", "value_and_grad"), "log_softmax": ("log_softmax", "log_softmax")}
 
 
@@ -74,6 +79,7 @@ class Problem(NamedTuple):
     target: Tensor
     gradient: Tensor
     label_smoothing: float
+    of_rows: tuple[Tensor, Tensor] | None = None  # with options: logit_scale and sample_weight
 
     @property
     def reduction(self) -> str:
@@ -85,6 +91,7 @@ class Answer(NamedTuple):
     output: Tensor
     grad: Tensor
     together: tuple[Tensor, Tensor] | None = None  # of cross_entropy: the loss and its gradient in one launch, in place
+    grad_scale: Tensor | None = None  # with options: the gradient of logit_scale
 
 
 def plans(row: Row, dtype: torch.dtype, label_smoothing: float, gpu: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -146,15 +153,26 @@ def problem(row: Row, dtype: torch.dtype, label_smoothing: float, device: torch.
     target = torch.randint(row.shape[1], rows, device=device, generator=generator)
     target.view(-1)[1::7] = -100
     outputs = {"log_softmax": row.shape, "softmax_statistics": (3, *rows)}
-    return Problem(row.op, x, target, normal(outputs.get(row.op, ())), label_smoothing)
+    of_rows = None
+    if row.op == OPTIONS:
+        acc = torch.promote_types(dtype, torch.float32)
+        scale, weight = torch.rand((2, *rows), dtype=acc, device=device, generator=generator)
+        of_rows = scale + 0.5, weight
+    return Problem(row.op, x, target, normal(outputs.get(row.op, ())), label_smoothing, of_rows)
 
 
 def answer(problem: Problem) -> Answer:
     """By nllx. What the allocator gives out for results was NaN before."""
     x = problem.input.detach().requires_grad_()
     torch.full_like(x, math.nan)
+    options: dict[str, Any] = {"reduction": problem.reduction, "label_smoothing": problem.label_smoothing}
+    if problem.of_rows is not None:
+        scale = problem.of_rows[0].detach().requires_grad_()
+        options |= {"logit_scale": scale, "sample_weight": problem.of_rows[1], **NUMBERS}
+        output = functional.cross_entropy(x, problem.target, **options)
+        grads = torch.autograd.grad(output, (x, scale), problem.gradient.to(output.dtype))
+        return Answer(output.detach(), grads[0], grad_scale=grads[1])
     if problem.op == "cross_entropy":
-        options: dict[str, Any] = {"reduction": problem.reduction, "label_smoothing": problem.label_smoothing}
         output = functional.cross_entropy(x, problem.target, **options)
     elif problem.op == "log_softmax":
         output = functional.log_softmax(x, 1)
@@ -187,8 +205,35 @@ def _error(actual: Tensor, expected: Tensor, size: Tensor | float) -> float:
     return float(((wide - expected).abs_() / allowed).max())
 
 
+def _errors_with_options(problem: Problem, answer: Answer, of_rows: tuple[Tensor, Tensor]) -> list[float]:
+    x, g, counts = problem.input.detach().double(), problem.gradient.double(), problem.target != -100
+    softcap, temperature, z_loss = NUMBERS.values()
+    # With a dimension for the classes, as the sums over them.
+    scale, u = (t.double().unsqueeze(1) for t in of_rows)
+    u = u * counts.unsqueeze(1)
+    capped = torch.tanh(x * scale / softcap)
+    z, slope = capped * (softcap / temperature), (1 - capped**2) / temperature
+    lse, log_p = torch.logsumexp(z, 1, keepdim=True), torch.log_softmax(z, 1)
+    a = torch.full_like(x, problem.label_smoothing / x.shape[1])
+    hit = 1 - problem.label_smoothing + problem.label_smoothing / x.shape[1]
+    a.scatter_(1, problem.target.clamp(min=0).unsqueeze(1), hit)
+    k = u / u.sum() if problem.reduction == "mean" else u
+    # z is as wrong as it is large, and the gradient as its exponential.
+    large = z.abs().amax(1, keepdim=True) + 2
+    loss = (k * ((-a * log_p).sum(1, keepdim=True) + z_loss * lse**2)).sum()
+    of_loss = float((k * large * (1 + z_loss * lse.abs())).sum())
+    of_z = g * k * (log_p.exp() * (1 + 2 * z_loss * lse) - a) * slope
+    size = g.abs() * k * (log_p.exp() * large * (1 + 2 * z_loss * (lse.abs() + large)) + a) * slope * 2
+    of_grad = _error(answer.grad, of_z * scale, size * scale)
+    assert answer.grad_scale is not None
+    of_scale = _error(answer.grad_scale, (of_z * x).sum(1), (size * x.abs()).sum(1))
+    return [_error(answer.output, loss, of_loss), max(of_grad, of_scale)]
+
+
 def errors(problem: Problem, answer: Answer) -> list[float]:
     """Of each pass, against float64."""
+    if problem.of_rows is not None:
+        return _errors_with_options(problem, answer, problem.of_rows)
     x, g = problem.input.detach().double(), problem.gradient.double()
     if problem.op == "log_softmax":
         expected = torch.log_softmax(x, 1)
@@ -242,7 +287,7 @@ def check(device: torch.device, gpu: dict[str, Any], small: bool = False) -> int
     wrong = 0
     for row in ROWS:
         for dtype in dtypes if math.prod(row.shape) <= most else ():
-            for label_smoothing in (0.0, 0.1) if row.op == "cross_entropy" else (0.0,):
+            for label_smoothing in (0.0, 0.1) if row.op.startswith("cross_entropy") else (0.0,):
                 shape = " x ".join(map(str, row.shape))
                 smoothed = ", label smoothing" if label_smoothing else ""
                 # Before it runs: what hangs is then the last that is printed.

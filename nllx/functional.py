@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ from nllx import _C, _operators
 from nllx._arguments import (
     LARGEST,
     NAN,
+    ONE,
     SMALLEST,
+    ZERO,
     as_dtype,
     check_tensors,
     integer,
@@ -26,10 +27,11 @@ from nllx._arguments import (
     mean_or_zero,
     real,
     refuse_nested,
+    row_options,
     stacklevel_of_caller,
 )
 from nllx._operators.losses import in_onnx_export
-from nllx._operators.shapes import MEAN_OR_ZERO, check_dtype, is_counted
+from nllx._operators.shapes import MEAN_OR_ZERO
 
 __all__ = [
     "SoftmaxStatistics",
@@ -58,12 +60,18 @@ _TORCHS: dict[str, Callable[..., Tensor]] = globals().get("_TORCHS") or {
 
 
 def _in_onnx(
-    name: str, input: Tensor, target: Tensor, weight: Tensor | None, number: int, ignore_index: int, *smoothing: float
-) -> Tensor:
-    """By torch's operators, since ONNX has no others: as torch's function where torch's exporters keep all options, else by the
-    definition (of torch 2.13, they leave label smoothing out, without a word, and stop at probabilities)."""
-    if number == MEAN_OR_ZERO or any(smoothing) or target.is_floating_point():
-        return getattr(_operators, name).forward(input, target, weight, number, ignore_index, *smoothing)[0]
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    number: int,
+    ignore_index: int,
+    by_definition: bool = False,
+) -> Tensor | None:
+    """By torch's operators, since ONNX has no others: as torch's function where torch's exporters keep all options, else None,
+    for the definition (of torch 2.13, they leave label smoothing out, without a word, and stop at probabilities)."""
+    if number == MEAN_OR_ZERO or by_definition or target.is_floating_point():
+        return None
     target = target if target.dtype == torch.int64 else target.long()
     reduction = ("none", "mean", "sum")[number]
     return _TORCHS[name](input, target, weight, ignore_index=ignore_index, reduction=reduction)
@@ -79,7 +87,8 @@ def _handle(
     except TypeError as error:
         refused = f"no implementation found for '{function.__module__}.{function.__name__}'"
         torchs = _TORCHS.get(function.__name__)
-        if torchs is None or not str(error).startswith(refused) or (own or {}).get("zero_division") == 0:
+        hints = {"inplace_backward", "zero_division"} if (own or {}).get("zero_division") != 0 else set()
+        if torchs is None or not str(error).startswith(refused) or not set(own or {}) <= hints:
             raise
         try:
             return handle_torch_function(torchs, tensors, *arguments, **options)
@@ -112,6 +121,12 @@ def cross_entropy(
     *,
     inplace_backward: bool = False,
     zero_division: float = NAN,
+    logit_scale: float | Tensor = ONE,
+    softcap: float | None = None,
+    temperature: float | Tensor = ONE,
+    z_loss: float = ZERO,
+    sample_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
 ) -> Tensor:
     r"""Cross entropy between logits and targets, like :func:`torch.nn.functional.cross_entropy`, in one pass over the logits.
 
@@ -123,7 +138,15 @@ def cross_entropy(
         \qquad\text{and}\qquad
         -\sum_c w_c \left((1 - \varepsilon) p_c + \frac{\varepsilon}{C}\right) l_c .
 
-    Label smoothing is that of Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016.
+    Label smoothing is that of Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016. With the
+    options of the last lines the classes are compared by :math:`z` in place of :math:`x`, and the loss of a row, times its
+    weight :math:`u`, is that with a multiple of the squared log-sum-exp added:
+
+    .. math::
+        z = \frac{t}{T} \tanh \frac{s x}{t} \quad\text{(without a softcap } t \text{: } s x / T \text{)},
+        \qquad u \left(\text{loss}(z) + \zeta \left(\log \sum_c e^{z_c}\right)^2\right) .
+
+    The z-loss is that of Chowdhery et al., "PaLM", 2022, the softcap that of Gemma 2, 2024.
 
     Args:
         input: Logits of shape :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_k)`; float32, float64, bfloat16 or
@@ -149,11 +172,22 @@ def cross_entropy(
             NumPy, another view, an activation that saved them as its output; a capsule of DLPack is not seen; the tensor
             that they are a view of counts as the logits), where hooks
             for saved tensors were installed when the loss was computed (``torch.utils.checkpoint``, ``save_on_cpu``), where
-            the gradient is itself differentiated (``create_graph=True``), and under ``torch.func`` and ``torch.compile``.
+            the gradient is itself differentiated (``create_graph=True``), where ``logit_scale`` gets a gradient too, and under
+            ``torch.func`` and ``torch.compile``.
             What an operation saved through such hooks, while the loss was computed outside of them, is not noticed: as with
             all of torch's in-place operations. The logits must be the output of an operation, not a leaf, and not expanded.
         zero_division: What the mean over nothing is: NaN, as torch has it, or 0, with a gradient of 0. Nothing is an empty
             input, rows that are all ignored, or targets whose weights sum to 0.
+        logit_scale: :math:`s`: a number, a tensor of no dimension, or one number per row (the shape of class indices). A tensor
+            that requires grad gets its gradient, with the same bits for any number of threads (unless a temperature of the rows
+            requires grad too). To torch.compile numbers are constants: what changes from step to step is given as a tensor.
+        softcap: :math:`t`, a positive number (Gemma 2: 30). A logit of -inf is then -t, and no mask.
+        temperature: :math:`T`, positive, as ``logit_scale``. The values of tensors are not looked at.
+        z_loss: :math:`\zeta`. Not multiplied by the weights of classes.
+        sample_weight: :math:`u`: one factor per row, the shape of class indices, any floating point dtype. The mean divides by
+            the sum of :math:`u w_y` over the rows that count, for probabilities by the sum of :math:`u`.
+        divisor: A number or a tensor of no dimension that the mean divides by instead: the number of tokens of all
+            micro-batches or processes, say. Only with ``"mean"``.
 
     Returns:
         A scalar, or with ``"none"`` a tensor of the shape of index targets, in the dtype of ``input`` (promoted with that of
@@ -162,7 +196,7 @@ def cross_entropy(
 
     Raises:
         IndexError: a class index is out of range; the message names position and value.
-        ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        ValueError: the batch sizes differ, ``reduction`` is unknown, or an option has a value or shape that makes no sense.
         RuntimeError: another shape, dtype, device or option does not fit.
         TypeError: an argument has another Python type.
         NotImplementedError: ``input`` is not floating point.
@@ -170,14 +204,39 @@ def cross_entropy(
     Cost:
         For logits of :math:`L` bytes the forward reads :math:`L` and saves two numbers per row, and the logits themselves; the
         backward reads :math:`L` and writes :math:`L`, the gradient, which is all the memory that is added (with
-        ``inplace_backward`` none is). Probabilities are read along with the logits, in either pass. The log-sum-exp is found
-        in one pass as in Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+        ``inplace_backward`` none is). Probabilities are read along with the logits, in either pass. The options add numbers of
+        the rows alone; gradients of ``temperature`` beside a softcap or a ``logit_scale``, ``sample_weight`` and ``divisor``
+        come from torch's operations. The log-sum-exp is found in one pass as in Milakov and Gimelshein, "Online normalizer
+        calculation for softmax", 2018.
     """
-    if has_torch_function_variadic(input, target, weight):
+    plain = (
+        sample_weight is None
+        and divisor is None
+        and softcap is None
+        and logit_scale is ONE
+        and temperature is ONE
+        and z_loss is ZERO
+    )
+    if has_torch_function_variadic(input, target, weight) or (
+        not plain and has_torch_function_variadic(logit_scale, temperature, sample_weight, divisor)
+    ):
         refuse_nested("cross_entropy", input)
+        own: dict[str, Any] = {"inplace_backward": inplace_backward, "zero_division": zero_division}
+        options = {
+            name: value
+            for name, value, default in (
+                ("logit_scale", logit_scale, ONE),
+                ("softcap", softcap, None),
+                ("temperature", temperature, ONE),
+                ("z_loss", z_loss, ZERO),
+                ("sample_weight", sample_weight, None),
+                ("divisor", divisor, None),
+            )
+            if isinstance(value, Tensor) or value != default
+        }
         return _handle(
             cross_entropy,
-            (input, target, weight),
+            (input, target, weight, logit_scale, temperature, sample_weight, divisor),
             input,
             target,
             weight=weight,
@@ -186,7 +245,7 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            own={"inplace_backward": inplace_backward, "zero_division": zero_division},
+            own=own | options,
         )
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
@@ -197,18 +256,44 @@ def cross_entropy(
     number = 1 if reduction == "mean" else _Reduction.get_enum(reduction)
     if zero_division is not NAN:
         number = mean_or_zero("cross_entropy", number, zero_division)
+    if plain:
+        w = s = t = d = None
+        scale, sharpness, cap, z = 1.0, 1.0, 0.0, 0.0
+    else:
+        check_tensors("cross_entropy", input=input, target=target, weight=weight)
+        w, s, t, d, scale, sharpness, cap, z = row_options(
+            "cross_entropy", input, logit_scale, softcap, temperature, z_loss, sample_weight, divisor
+        )
     if not torch.compiler.is_compiling():
         loss = _C.cross_entropy(
-            input, target, weight, number, ignore_index, label_smoothing, None, bool(inplace_backward)
+            input,
+            target,
+            weight,
+            w,
+            s,
+            t,
+            d,
+            number,
+            ignore_index,
+            label_smoothing,
+            scale,
+            sharpness,
+            cap,
+            z,
+            None,
+            bool(inplace_backward),
         )
         if loss is not NotImplemented:
             return loss
     # What traces sees operators alone.
     check_tensors("cross_entropy", input=input, target=target, weight=weight)
+    arguments = (input, target, weight, w, s, t, d, number, ignore_index, label_smoothing, scale, sharpness, cap, z)
     if in_onnx_export():
-        return _in_onnx("cross_entropy", input, target, weight, number, ignore_index, label_smoothing)
+        by_definition = not plain or label_smoothing > 0
+        exported = _in_onnx("cross_entropy", input, target, weight, number, ignore_index, by_definition)
+        return _operators.cross_entropy.forward(*arguments)[0] if exported is None else exported
     # Not in place: a compiler's backends differ in what they let the operator see.
-    return _cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
+    return _cross_entropy(*arguments)
 
 
 def cross_entropy_value_and_grad(
@@ -221,6 +306,12 @@ def cross_entropy_value_and_grad(
     out: Tensor | None = None,
     *,
     zero_division: float = NAN,
+    logit_scale: float | Tensor = ONE,
+    softcap: float | None = None,
+    temperature: float | Tensor = ONE,
+    z_loss: float = ZERO,
+    sample_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Loss and gradient of the logits at once, without a graph: the logits are read from memory once, the gradient written.
 
@@ -229,7 +320,8 @@ def cross_entropy_value_and_grad(
     backward from the logits: ``logits.backward(grad)``.
 
     Args:
-        logits, target, weight, ignore_index, label_smoothing, zero_division: As in :func:`cross_entropy`.
+        logits, target, weight, ignore_index, label_smoothing, zero_division, logit_scale, softcap, temperature, z_loss,
+            sample_weight, divisor: As in :func:`cross_entropy`. Only the logits may require grad.
         reduction: ``"mean"`` or ``"sum"``.
         out: Where the gradient goes: a tensor of the shape, dtype and device of ``logits``, which may be ``logits``
             themselves (their values are then lost; autograd sees it as an in-place change), but neither a part of them nor
@@ -247,7 +339,7 @@ def cross_entropy_value_and_grad(
         The logits are read from memory once and the gradient is written once, :math:`2 L` bytes; into ``out`` no memory is
         added. On a GPU that is so where a row fits the chip; longer rows, few long ones and planes are read twice.
     """
-    tensors = (logits, target, weight, out)
+    tensors = (logits, target, weight, out, logit_scale, temperature, sample_weight, divisor)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(
             cross_entropy_value_and_grad,
@@ -260,6 +352,12 @@ def cross_entropy_value_and_grad(
             label_smoothing=label_smoothing,
             out=out,
             zero_division=zero_division,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            z_loss=z_loss,
+            sample_weight=sample_weight,
+            divisor=divisor,
         )
     check_tensors("cross_entropy", input=logits, target=target, weight=weight)
     if type(ignore_index) is not int or not SMALLEST <= ignore_index <= LARGEST:
@@ -269,12 +367,15 @@ def cross_entropy_value_and_grad(
     number = _Reduction.get_enum(reduction)
     if zero_division is not NAN:
         number = mean_or_zero("cross_entropy", number, zero_division)
+    w, s, t, d, *numbers = row_options(
+        "cross_entropy", logits, logit_scale, softcap, temperature, z_loss, sample_weight, divisor, with_graph=False
+    )
+    arguments = (logits, target, weight, w, s, t, d, number, ignore_index, label_smoothing, *numbers)
     if out is None:
-        return _cross_entropy_value_and_grad(logits, target, weight, number, ignore_index, label_smoothing)
+        return _cross_entropy_value_and_grad(*arguments)
     if not isinstance(out, Tensor):
         raise TypeError(f"cross_entropy(): argument 'out' must be Tensor, not {type(out).__name__}")
-    loss = _cross_entropy_value_and_grad_out(logits, target, weight, number, ignore_index, label_smoothing, None, out)
-    return loss, out
+    return _cross_entropy_value_and_grad_out(*arguments, None, out), out
 
 
 def nll_loss(
@@ -338,7 +439,10 @@ def nll_loss(
             return loss
     check_tensors("nll_loss", input=input, target=target, weight=weight)
     if in_onnx_export():
-        return _in_onnx("nll_loss", input, target, weight, number, ignore_index)
+        exported = _in_onnx("nll_loss", input, target, weight, number, ignore_index)
+        if exported is None:
+            return _operators.nll_loss.forward(input, target, weight, number, ignore_index)[0]
+        return exported
     return _nll_loss(input, target, weight, number, ignore_index)
 
 
@@ -421,9 +525,9 @@ def softmax_statistics(
     *,
     dim: int = -1,
     ignore_index: int = -100,
-    logit_scale: float | Tensor = 1.0,
-    softcap: float | Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = ONE,
+    softcap: float | None = None,
+    temperature: float | Tensor = ONE,
     outputs: Iterable[str] | None = None,
 ) -> SoftmaxStatistics:
     r"""Functions of the softmax of each row of logits, from one pass over them, each with its gradient.
@@ -451,8 +555,8 @@ def softmax_statistics(
             they hold.
         logit_scale: :math:`s`: a number, a tensor of no dimension, or one number per row (the shape of ``target``). A tensor
             that requires grad gets its gradient.
-        softcap: :math:`t`, positive (Gemma 2: 30), as ``logit_scale``. A logit of -inf is then -t and no mask.
-        temperature: :math:`T`, positive, as ``logit_scale``. Of tensors nobody looks at the values.
+        softcap: :math:`t`, a positive number (Gemma 2: 30). A logit of -inf is then -t and no mask.
+        temperature: :math:`T`, positive, as ``logit_scale``. The values of tensors are not looked at.
         outputs: The names of the statistics that are wanted. By default all; ``"log_prob"`` where there is a target.
 
     Returns:
@@ -470,15 +574,15 @@ def softmax_statistics(
 
     Cost:
         The forward reads the logits once and saves them with three numbers per row, the backward reads them once and writes
-        the gradient once, whatever was asked for. Scale, softcap and temperature are torch's operations before that: they
-        make and save tensors of the size of the logits in float32, and the gradient of such a tensor is torch's sum, whose
-        last bits depend on the number of threads.
+        the gradient once, whatever was asked for, of scaled and capped logits too. The gradient of a ``temperature`` beside a
+        softcap comes from torch's operations.
     """
-    if has_torch_function_variadic(logits, target):
+    tensors = (logits, target, logit_scale, temperature)
+    if has_torch_function_variadic(*tensors):
         refuse_nested("softmax_statistics", logits)
         return handle_torch_function(
             softmax_statistics,
-            (logits, target),
+            tensors,
             logits,
             target,
             dim=dim,
@@ -500,77 +604,22 @@ def softmax_statistics(
         raise ValueError(f"softmax_statistics: outputs must be of {', '.join(names)}, but got {outputs!r}")
     if "log_prob" in wanted and target is None:
         raise ValueError("softmax_statistics: log_prob is of a target, and none was given")
-    z = _compared("softmax_statistics", logits, target, dim, ignore_index, logit_scale, softcap, temperature)
+    options = row_options("softmax_statistics", logits, logit_scale, softcap, temperature)
     function = _operators.softmax_statistics.forward if in_onnx_export() else _softmax_statistics
-    results = function(z, target, dim, ignore_index, "entropy" in wanted, "prediction" in wanted)
+    results = function(
+        logits,
+        target,
+        options.logit_scale,
+        options.temperature,
+        dim,
+        ignore_index,
+        *options.map(),
+        "entropy" in wanted,
+        "prediction" in wanted,
+    )
     return SoftmaxStatistics(
         *(result if name in wanted else None for name, result in zip(names, results, strict=False))
     )
-
-
-def _compared(
-    op: str,
-    logits: Tensor,
-    target: Tensor | None,
-    dim: int,
-    ignore_index: int,
-    logit_scale: float | Tensor,
-    softcap: float | Tensor | None,
-    temperature: float | Tensor,
-) -> Tensor:
-    """What the classes are compared by: the logits after scale, softcap and temperature, in float32 or wider."""
-    if not isinstance(logit_scale, Tensor) and not isinstance(temperature, Tensor) and softcap is None:
-        logit_scale, temperature = real(op, "logit_scale", logit_scale), real(op, "temperature", temperature)
-        if logit_scale == 1.0 and temperature == 1.0:
-            return logits
-    check_dtype(op, logits.dtype)
-    if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
-        return logits  # which the operator refuses
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    dim %= logits.dim()
-    rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
-    z = logits.to(acc)
-    counts = None
-    if target is not None and list(target.shape) == rows and not target.is_floating_point():
-        # Of rows that do not count nothing is taken: what they hold, and what belongs to them, would be in gradients.
-        counts = is_counted(target, ignore_index).unsqueeze(dim)
-        z = torch.where(counts, z, 0.0)
-
-    def factor(name: str, value: float | Tensor) -> float | Tensor:
-        if isinstance(value, Tensor):
-            if value.is_complex() or value.dtype == torch.bool:
-                raise TypeError(
-                    f"{op}(): argument '{name}' must be a real number or a tensor of them, not {value.dtype}"
-                )
-            if value.dim() == 0:
-                return value.to(acc)
-            if list(value.shape) != rows:
-                raise ValueError(
-                    f"{op}: {name} must be a number, a tensor of no dimension or one number per row, of shape {rows}, but got "
-                    f"shape {list(value.shape)}"
-                )
-            value = value.to(acc).unsqueeze(dim)
-            return value if counts is None else torch.where(counts, value, 1.0)
-        number = real(op, name, value)
-        # In comparisons, which a compiler traces of a number that changes.
-        if not (0.0 if name != "logit_scale" else -math.inf) < number < math.inf:
-            wanted = "a finite number" if name == "logit_scale" else "a positive number"
-            raise ValueError(f"{op}: {name} must be {wanted}, but got {value!r}")
-        return number
-
-    def scaled(z: Tensor, by: Callable[[Tensor, Any], Tensor], value: float | Tensor) -> Tensor:
-        if not isinstance(value, Tensor):
-            return z if value == 1.0 else by(z, value)
-        # Infinity times a gradient of zero would be NaN in the gradient of the factor.
-        infinite = z.isinf()
-        return torch.where(infinite, by(z, value.detach()), by(torch.where(infinite, 0.0, z), value))
-
-    divisor = factor("temperature", temperature)
-    z = scaled(z, torch.mul, factor("logit_scale", logit_scale))
-    if softcap is not None:
-        cap = factor("softcap", softcap)
-        z = cap * torch.tanh(scaled(z, torch.div, cap))
-    return scaled(z, torch.div, divisor)
 
 
 def mse_loss(

@@ -10,14 +10,30 @@ import torch
 from torch import Tensor
 
 from nllx import functional as F
-from nllx._arguments import mean_or_zero, plain
+from nllx._arguments import ONE, ZERO, check_row_numbers, mean_or_zero, plain
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "MSELoss", "NLLLoss"]
 
 
+# The options of nllx's CrossEntropyLoss that torch's has not, with their defaults.
+_ROW_OPTIONS: dict[str, float | None] = {
+    "logit_scale": ONE,
+    "softcap": None,
+    "temperature": ONE,
+    "z_loss": ZERO,
+    "divisor": None,
+}
+
+
+def row_options_in(module: torch.nn.Module) -> list[str]:
+    """The names of the options that a module has a value of its own for."""
+    places = (vars(module), module._parameters, module._buffers)
+    return [name for name in _ROW_OPTIONS if any(name in place for place in places)]
+
+
 def _options(module: torch.nn.Module) -> str:
     """What nllx's module has and torch's has not, for its ``repr``."""
-    shown = []
+    shown = [f"{name}={getattr(module, name)}" for name in row_options_in(module)]
     if getattr(module, "inplace_backward", False):
         shown.append("inplace_backward=True")
     if getattr(module, "zero_division", math.nan) == 0:
@@ -31,9 +47,13 @@ def _scriptable(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.n
         raise NotImplementedError(
             f"torch.jit.script of {module} takes no zero_division=0: use torch.compile or torch.export"
         )
+    if row_options_in(module):
+        raise NotImplementedError(
+            f"torch.jit.script of {module} takes no {row_options_in(module)[0]}: use torch.compile or torch.export"
+        )
     plain: Any = kind.__new__(kind)
     plain.__dict__.update(module.__dict__)
-    for name in ("inplace_backward", "zero_division"):
+    for name in ("inplace_backward", "zero_division", *_ROW_OPTIONS):
         plain.__dict__.pop(name, None)
     return plain
 
@@ -50,11 +70,19 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: In [0, 1].
         inplace_backward: Write the gradient over the logits; see :func:`nllx.functional.cross_entropy` for when it is safe.
         zero_division: What the mean over nothing is, NaN or 0; see :func:`nllx.functional.cross_entropy`.
+        logit_scale, softcap, temperature, z_loss, divisor: Numbers; see :func:`nllx.functional.cross_entropy`. Tensors (one per
+            row, or learnable) are given in the call, ``criterion(logits, target, sample_weight=u, logit_scale=s)``, where they
+            take the place of the module's numbers.
     """
 
     # Of modules pickled before there were these options, and of torch's own.
     inplace_backward: bool = False
     zero_division: float = math.nan
+    logit_scale: float = ONE
+    softcap: float | None = None
+    temperature: float = ONE
+    z_loss: float = ZERO
+    divisor: float | None = None
 
     def __init__(
         self,
@@ -67,11 +95,21 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         *,
         inplace_backward: bool = False,
         zero_division: float = math.nan,
+        logit_scale: float = ONE,
+        softcap: float | None = None,
+        temperature: float = ONE,
+        z_loss: float = ZERO,
+        divisor: float | None = None,
     ) -> None:
         super().__init__(weight, size_average, plain(ignore_index), reduce, reduction, plain(label_smoothing))
         mean_or_zero("CrossEntropyLoss", 1, zero_division)
+        numbers = (logit_scale, softcap, temperature, z_loss, divisor)
+        check_row_numbers("CrossEntropyLoss", self.reduction, **dict(zip(_ROW_OPTIONS, numbers, strict=True)))
         self.inplace_backward = inplace_backward
         self.zero_division = plain(zero_division)
+        for name, value in zip(_ROW_OPTIONS, numbers, strict=True):
+            if value is not None and value != _ROW_OPTIONS[name]:
+                setattr(self, name, plain(value))
 
     def extra_repr(self) -> str:
         return _options(self)
@@ -79,7 +117,16 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _scriptable(self, torch.nn.CrossEntropyLoss)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
         return F.cross_entropy(
             input,
             target,
@@ -89,6 +136,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             inplace_backward=self.inplace_backward,
             zero_division=self.zero_division,
+            logit_scale=self.logit_scale if logit_scale is None else logit_scale,
+            softcap=self.softcap,
+            temperature=self.temperature if temperature is None else temperature,
+            z_loss=self.z_loss,
+            sample_weight=sample_weight,
+            divisor=self.divisor if divisor is None else divisor,
         )
 
 

@@ -362,7 +362,8 @@ def convert(module: _Module, *, verbose: bool = True) -> _Module:
 
     Each stays the same object, with its weights, options, hooks and mode, and gets nllx's class (a subclass of torch's).
     Subclasses that users wrote are left as they are, since their ``forward`` may do anything, and so are modules whose
-    ``forward`` has been replaced (hooks of accelerate). Libraries that look modules up by ``type(module)`` and not by
+    ``forward`` has been replaced (hooks of accelerate), or that have an attribute with the name of an option of nllx's
+    (``temperature``, say). Libraries that look modules up by ``type(module)`` and not by
     ``isinstance`` (BackPACK, for one) do not know nllx's classes: :func:`revert` is the way back, and :func:`patch` leaves the
     classes alone.
 
@@ -379,11 +380,14 @@ def convert(module: _Module, *, verbose: bool = True) -> _Module:
         if replacement is None:
             continue
         found = True
-        kept = "forward" in vars(child)
-        if not kept:
+        left = ""
+        if "forward" in vars(child):
+            left = " is left as it is, since its forward has been replaced"
+        elif own := modules.row_options_in(child):  # of the user's own meaning, which torch's forward does not look at
+            left = f" is left as it is, since it has an attribute {own[0]}, which is an option of nllx's"
+        else:
             child.__class__ = replacement
         if verbose:
-            left = " is left as it is, since its forward has been replaced" if kept else ""
             print(f"nllx.convert: {name or 'the module itself'}: {child}{left}")
     if verbose and not found:
         print(
@@ -408,7 +412,8 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
         ``module``.
 
     Raises:
-        ValueError: one has ``zero_division=0``, without which its values would be others; nothing is changed then.
+        ValueError: one has ``zero_division=0`` or another option without which its values would be others; nothing is changed
+            then.
     """
     originals = {ours: torchs for torchs, ours in _MODULES.items()}
     all_of_nllx = [(name or "the module itself", m) for name, m in module.named_modules() if type(m) in originals]
@@ -416,6 +421,8 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
     for name, child in found:
         if getattr(child, "zero_division", None) == 0:
             raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no zero_division=0")
+        if own := modules.row_options_in(child):
+            raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no {own[0]}")
     for name, child in found:
         child.__class__ = originals[type(child)]
         for option in ("inplace_backward", "zero_division"):

@@ -36,6 +36,7 @@ class Case:
     target_dtype: None means int64 for an index target and the input's dtype for probabilities.
     weight: "" for none, or a key of ``WEIGHTS``; weight_dtype None means the input's dtype.
     ignored: which rows hold ``ignore_index``: "", "some" or "all".
+    row_options: cross_entropy with a scale, a softcap, a temperature, a z-loss and a weight for each row.
     scale, offset: the logits are ``offset + scale * normal``.
     special: "" or a key of ``SPECIALS``: values set by hand.
     dim, out_dtype: log_softmax's arguments.
@@ -58,6 +59,7 @@ class Case:
     ignored: str = ""
     label_smoothing: float = 0.0
     reduction: str = "mean"
+    row_options: bool = False
     scale: float = 2.0
     offset: float = 0.0
     special: str = ""
@@ -157,6 +159,8 @@ class Problem:
         options = {"ignore_index": case.ignore_index, "reduction": case.reduction}
         if case.op == "cross_entropy":
             options["label_smoothing"] = case.label_smoothing
+        if case.row_options:
+            return _with_row_options(functional, self, options)
         return function(self.input, self.target, self.weight, **options)
 
     def op_arguments(self) -> tuple[Any, ...]:
@@ -167,8 +171,43 @@ class Problem:
         arguments = (self.input, self.target, self.weight, REDUCTIONS.index(case.reduction))
         if case.op in ELEMENTWISE:
             return arguments
-        arguments = (*arguments, case.ignore_index)
-        return (*arguments, case.label_smoothing) if case.op == "cross_entropy" else arguments
+        if case.op == "nll_loss":
+            return (*arguments, case.ignore_index)
+        *tensors, reduction = arguments
+        return (*tensors, *[None] * 4, reduction, case.ignore_index, case.label_smoothing)
+
+
+def _with_row_options(functional: Any, problem: Problem, options: dict[str, Any]) -> Tensor:
+    """The cross entropy with options: of nllx's, or of what stands for them in torch's functions."""
+    x, target, weight = problem.input, problem.target, problem.weight
+    assert target is not None
+    shape = list(x.shape)
+    dim = 0 if len(shape) == 1 else 1
+    shape.pop(dim)
+    each = torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64, device=x.device).reshape(shape)
+    if hasattr(functional, "softmax_statistics") or hasattr(functional, "takes_row_options"):
+        rows = {"sample_weight": each, "temperature": each.flip(0) if each.dim() else each}
+        return functional.cross_entropy(x, target, weight, **options, **rows, logit_scale=1.5, softcap=3.0, z_loss=0.05)
+    like = functional.cross_entropy(x.detach(), target.detach(), weight, **options)  # has the dtype of the loss
+    temperature = (each.flip(0) if each.dim() else each).unsqueeze(dim)
+    counts = torch.ones_like(each, dtype=torch.bool)
+    if not problem.case.has_probabilities:
+        counts = (target != options["ignore_index"]).reshape(shape)
+        x = torch.where(counts.unsqueeze(dim), x, 0.0)
+    x = x.to(torch.promote_types(x.dtype, float32))
+    z = (3.0 * torch.tanh(1.5 * x / 3.0) / temperature).to(x.dtype)
+    w = None if weight is None else weight.to(z.dtype)
+    losses = functional.cross_entropy(z, target, w, **{**options, "reduction": "none"}).reshape(shape)
+    losses = (each * torch.where(counts, losses + 0.05 * torch.logsumexp(z, dim).square(), 0.0)).to(z.dtype)
+    if options["reduction"] != "mean":
+        return (losses if options["reduction"] == "none" else losses.sum()).to(like.dtype)
+    if weight is not None and not problem.case.has_probabilities:
+        index = torch.where(counts, target.reshape(shape), 0).long()
+        each = each * weight.double().gather(0, index.reshape(-1)).reshape(shape)
+    divisor = torch.where(counts, each, 0.0).sum().to(z.dtype)
+    if options["label_smoothing"] > 0 and not problem.case.has_probabilities:  # to which torch adds 0 / 0
+        divisor = torch.where(divisor == 0, math.nan, divisor)
+    return (losses.sum() / divisor).to(like.dtype)
 
 
 def _of_statistics(functional: Any, x: Tensor, target: Tensor, case: Case) -> Tensor:

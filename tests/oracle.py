@@ -22,10 +22,16 @@ ULPS = 8
 class Reference:
     """The definitions under the signatures of ``torch.nn.functional``."""
 
+    takes_row_options = True
+
     @staticmethod
-    def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-        reduction = REDUCTIONS.index(reduction)
-        return _operators.cross_entropy.forward(input, target, weight, reduction, ignore_index, label_smoothing)[0]
+    def cross_entropy(
+        input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, logit_scale=1.0, **rows
+    ):
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "scale": logit_scale, **rows}
+        return _operators.cross_entropy.forward(
+            input, target, weight, reduction=REDUCTIONS.index(reduction), **options
+        )[0]
 
     @staticmethod
     def nll_loss(input, target, weight=None, *, ignore_index=-100, reduction="mean"):
@@ -116,6 +122,8 @@ def _terms(case: Case) -> tuple[float, float]:
     if case.has_probabilities:
         absolute.target = problem.target.abs()
         factor *= max(1.0, _sum(absolute.target) / max(1, case.rows))
+    if case.row_options:  # a scale of 3 at most, and the z-loss, whatever the weights are
+        factor = 4 * (factor + 1)
     losses = absolute.call(Reference)
     if case.reduction == "none":
         return _largest(losses) + factor, factor * grad

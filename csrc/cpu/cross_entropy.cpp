@@ -9,6 +9,12 @@ namespace {
 
 // The divisor of the mean, before any row is looked at. A class out of range raises.
 double divisor_beforehand(const LossProblem& loss, const LossArguments& args) {
+  const auto factor_of = [&](int64_t row) {
+    const void* factors = loss.options.sample_weight;
+    if (!factors) return 1.;
+    return loss.acc_dtype == at::kDouble ? static_cast<const double*>(factors)[row]
+                                         : static_cast<double>(static_cast<const float*>(factors)[row]);
+  };
   ChunkResult total;
   const int64_t classes = args.input.size(loss.class_dim);
   const Targets& t = loss.targets;
@@ -17,14 +23,19 @@ double divisor_beforehand(const LossProblem& loss, const LossArguments& args) {
     return loss.acc_dtype == at::kDouble ? static_cast<const double*>(t.weight)[y]
                                          : static_cast<double>(static_cast<const float*>(t.weight)[y]);
   };
-  if (!loss.probabilities_given) {
+  if (!loss.probabilities_given || loss.options.sample_weight) {
     const Chunks chunks({loss.rows(), 1, 1}, Layout::kRows);
     total = sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) {
       for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+        if (loss.probabilities_given) {
+          r.weight += factor_of(row);
+          continue;
+        }
         const int64_t y = load_index(t.index, t.index_type, row);
         if (y == t.ignore_index) continue;
         if (is_class(y, classes)) {
-          r.weight += weight_of(y);
+          const double weight = factor_of(row) * weight_of(y);  // rounded as the kernels round it
+          r.weight += loss.acc_dtype == at::kDouble ? weight : static_cast<double>(static_cast<float>(weight));
         } else if (r.bad_target < 0) {
           r.bad_target = row;
         }
@@ -32,7 +43,7 @@ double divisor_beforehand(const LossProblem& loss, const LossArguments& args) {
     });
     raise_if_bad(total, args, loss);
   }
-  return divisor_of(total, loss);
+  return divisor_of(total, loss, args.reduction);
 }
 
 struct CpuCrossEntropy : Cpu {
@@ -42,11 +53,11 @@ struct CpuCrossEntropy : Cpu {
                at::Tensor& total_weight) const {
     const ChunkResult total = run_cross_entropy_forward(kernels(), p, static_cast<int>(loss.float_type()));
     raise_if_bad(total, args, loss);
-    set_loss(total, divisor_of(total, loss), args.reduction, result, total_weight);
+    set_loss(total, divisor_of(total, loss, args.reduction), args.reduction, result, total_weight);
   }
   void backward(const CrossEntropyBackward& p, const LossArguments& args, const LossProblem& loss,
-                const at::Tensor& computed) const {
-    sum(p, chunks_of(p, loss, computed), kernels().cross_entropy_backward, args, loss);
+                const at::Tensor& computed, at::Tensor& grad_scale) const {
+    sum_with_scale_gradient(p, chunks_of(p, loss, computed), kernels().cross_entropy_backward, args, loss, grad_scale);
   }
   void value_and_grad(const CrossEntropyForward& f, CrossEntropyBackward& b, const LossArguments& args,
                       const LossProblem& loss, const at::Tensor& computed, at::Tensor& value) const {

@@ -1,6 +1,8 @@
 // The CPU as a device that csrc/entries runs on: chunks on torch's thread pool, and from their sums to the result.
 #pragma once
 
+#include <vector>
+
 #include "../loss_problem.h"
 #include "../online_softmax.h"
 #include "capability.h"
@@ -30,7 +32,14 @@ inline void set_loss(const ChunkResult& total, double divisor, int64_t reduction
 
 // The mean over nothing is NaN, as torch has it, unless zero is asked for.
 inline double divisor_of(const ChunkResult& total, const LossProblem& loss) {
+  if (loss.options.sample_weight) return total.weight == 0. ? loss.targets.zero_divisor : total.weight;
   return loss.probabilities_given ? loss.probability_rows() : index_divisor(loss.targets, total.weight);
+}
+
+// …or what was given.
+inline double divisor_of(const ChunkResult& total, const LossProblem& loss, int64_t reduction) {
+  if (!loss.divisor.defined()) return divisor_of(total, loss);
+  return given_divisor(loss.divisor, reduction).item<double>();
 }
 
 inline void raise_if_bad(const ChunkResult& total, const LossArguments& a, const LossProblem& loss) {
@@ -66,6 +75,31 @@ struct Cpu {
     const ChunkResult total = sum(p, chunks, of_types, loss.float_type());
     raise_if_bad(total, args, loss);
     return total;
+  }
+  // …and what the rows give to logit_scale, to `grad_scale`, which is undefined where nobody asks for it: for each row,
+  // or their sum, in the order of the rows.
+  template <typename Problem>
+  static void sum_with_scale_gradient(Problem p, const Chunks& chunks,
+                                      const CpuKernels::LossKernel<Problem> (&of_types)[4], const LossArguments& args,
+                                      const LossProblem& loss, at::Tensor& grad_scale) {
+    const bool per_row = grad_scale.defined() && grad_scale.dim() > 0;
+    std::vector<double> parts(per_row ? static_cast<size_t>(loss.rows() * chunks.segments) : 0);
+    if (per_row) p.grad_logit_scale = parts.data();
+    p.scale_gradient = grad_scale.defined();
+    const ChunkResult total = sum(p, chunks, of_types, args, loss);
+    if (!per_row) {
+      if (grad_scale.defined()) set_scalar(grad_scale, total.scale_gradient);
+      return;
+    }
+    const auto store = [&](auto* rows) {
+      for (int64_t row = 0; row < loss.rows(); ++row) {
+        double of_row = 0;
+        for (int64_t i = 0; i < chunks.segments; ++i) of_row += parts[static_cast<size_t>(row * chunks.segments + i)];
+        rows[row] = static_cast<std::decay_t<decltype(*rows)>>(of_row);
+      }
+    };
+    loss.acc_dtype == at::kDouble ? store(grad_scale.mutable_data_ptr<double>())
+                                  : store(grad_scale.mutable_data_ptr<float>());
   }
   template <typename Problem>
   static void map(const Problem& p, Chunks chunks, const CpuKernels::MapKernel<Problem> (&of_types)[4], FloatType type,

@@ -38,6 +38,7 @@ ChunkResult sum_over_chunks(const Chunks& chunks, const Body& body) {
   for (const ChunkResult& r : results) {
     total.loss += r.loss;
     total.weight += r.weight;
+    total.scale_gradient += r.scale_gradient;
     if (total.bad_target < 0) total.bad_target = r.bad_target;
   }
   return total;

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "../loss_problem.h"
 #include "../problem.h"
 #include "bad_target.h"
 #include "workspace.h"
@@ -59,6 +60,18 @@ class Cuda {
   void check(cudaError_t error) const {
     C10_CUDA_CHECK(error);
     raise_bad_target_if_synchronous(stream);
+  }
+
+  // A launch, and what the rows give to logit_scale, to `grad_scale`, which is undefined where nobody asks for it.
+  template <typename Problem, typename Launch>
+  void with_scale_gradient(Problem p, const LossProblem& loss, at::Tensor& grad_scale, const Launch& launch) const {
+    at::Tensor rows;
+    if (grad_scale.defined()) {
+      rows = grad_scale.dim() > 0 ? grad_scale : at::empty({loss.rows()}, grad_scale.options());
+      p.grad_logit_scale = rows.mutable_data_ptr();
+    }
+    check(launch(p));
+    if (grad_scale.defined() && grad_scale.dim() == 0) grad_scale.copy_(rows.sum(at::kDouble));
   }
 
  private:

@@ -13,8 +13,10 @@ struct CudaSoftmaxStatistics : Cuda {
     check(launch_softmax_statistics_forward(p, loss.float_type(), bad_target_record(), stream));
   }
   void backward(const SoftmaxStatisticsBackward& p, const LossArguments& /*args*/, const LossProblem& loss,
-                const at::Tensor& /*computed*/) const {
-    check(launch_softmax_statistics_backward(p, loss.float_type(), bad_target_record(), stream));
+                const at::Tensor& /*computed*/, at::Tensor& grad_scale) const {
+    with_scale_gradient(p, loss, grad_scale, [&](const SoftmaxStatisticsBackward& problem) {
+      return launch_softmax_statistics_backward(problem, loss.float_type(), bad_target_record(), stream);
+    });
   }
 };
 

@@ -1,7 +1,10 @@
 // The entries of softmax_statistics on any device, as those of nll_loss.
 #pragma once
 
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
+
+#include <array>
 
 #include "../loss_problem.h"
 
@@ -12,10 +15,15 @@ struct SoftmaxStatisticsEntries {
   using Tensor = at::Tensor;
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const OptionalTensor& target,
-                                                                    int64_t dim, int64_t ignore_index,
-                                                                    bool with_entropy, bool with_prediction) {
+                                                                    const OptionalTensor& logit_scale,
+                                                                    const OptionalTensor& temperature, int64_t dim,
+                                                                    int64_t ignore_index, double scale,
+                                                                    double sharpness, double softcap, bool with_entropy,
+                                                                    bool with_prediction) {
     const Device device(logits);
-    LossProblem loss = make_statistics_problem("softmax_statistics", logits, target, dim, ignore_index);
+    static const OptionalTensor none;
+    LossProblem loss =
+        problem(logits, target, dim, ignore_index, {none, logit_scale, temperature, scale, sharpness, softcap});
     const auto numbers = [&](bool wanted, at::ScalarType dtype) {
       return empty_beside(logits, wanted ? at::IntArrayRef(loss.row_sizes) : at::IntArrayRef({0}), dtype);
     };
@@ -37,12 +45,17 @@ struct SoftmaxStatisticsEntries {
     return {log_prob, logsumexp, entropy, prediction, row_stats};
   }
 
-  static Tensor backward(const OptionalTensor& grad_log_prob, const OptionalTensor& grad_logsumexp,
-                         const OptionalTensor& grad_entropy, const Tensor& logits, const OptionalTensor& target,
-                         const Tensor& row_stats, int64_t dim, int64_t ignore_index, bool with_entropy,
-                         bool /*with_prediction*/) {
+  static std::tuple<Tensor, Tensor> backward(const OptionalTensor& grad_log_prob, const OptionalTensor& grad_logsumexp,
+                                             const OptionalTensor& grad_entropy, const Tensor& logits,
+                                             const OptionalTensor& target, const OptionalTensor& logit_scale,
+                                             const OptionalTensor& temperature, const Tensor& row_stats, int64_t dim,
+                                             int64_t ignore_index, double scale, double sharpness, double softcap,
+                                             bool with_entropy, bool /*with_prediction*/,
+                                             std::array<bool, 2> output_mask) {
     const Device device(logits);
-    LossProblem loss = make_statistics_problem("softmax_statistics", logits, target, dim, ignore_index);
+    static const OptionalTensor none;
+    LossProblem loss =
+        problem(logits, target, dim, ignore_index, {none, logit_scale, temperature, scale, sharpness, softcap});
     check_saved("softmax_statistics", "row_stats", row_stats, loss.acc_dtype, 3 * loss.rows(), logits);
     const auto incoming = [&](const OptionalTensor& g, bool wanted) {
       if (!wanted || !g.has_value() || !g->defined()) return Tensor();
@@ -51,6 +64,8 @@ struct SoftmaxStatisticsEntries {
     };
     const Tensor log_prob = incoming(grad_log_prob, loss.targets.index), logsumexp = incoming(grad_logsumexp, true),
                  entropy = incoming(grad_entropy, with_entropy);
+    Tensor grad_scale;
+    if (output_mask[1] && loss.logit_scale.defined()) grad_scale = at::zeros_like(loss.logit_scale);
     Tensor grad = device.empty_like(loss.input), computed = grad;
     if (grad.numel() > 0) {
       const Arrays arrays = share_layout(loss, &computed);
@@ -62,9 +77,12 @@ struct SoftmaxStatisticsEntries {
       if (entropy.defined()) p.grad_entropy = entropy.const_data_ptr();
       p.grad_logits = computed.mutable_data_ptr();
       p.grad_strides = arrays.strides[1];
-      device.backward(p, arguments(logits, target, ignore_index), loss, computed);
+      device.backward(p, arguments(logits, target, ignore_index), loss, computed, grad_scale);
     }
-    return finish_gradient(computed, grad, logits.scalar_type());
+    Tensor grad_logits;
+    if (output_mask[0]) grad_logits = finish_gradient(computed, grad, logits.scalar_type());
+    if (grad_scale.defined()) grad_scale = grad_scale.to(logit_scale->scalar_type());
+    return {grad_logits, grad_scale};
   }
 
   static void implement(torch::Library& m) {
@@ -73,6 +91,13 @@ struct SoftmaxStatisticsEntries {
   }
 
  private:
+  static LossProblem problem(const Tensor& logits, const OptionalTensor& target, int64_t dim, int64_t ignore_index,
+                             const LossOptions& options) {
+    LossProblem loss = make_statistics_problem("softmax_statistics", logits, target, dim, ignore_index);
+    take_options(loss, "softmax_statistics", options);
+    return loss;
+  }
+
   // What an index out of range is reported with.
   static LossArguments arguments(const Tensor& logits, const OptionalTensor& target, int64_t ignore_index) {
     static const OptionalTensor none;

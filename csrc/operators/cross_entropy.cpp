@@ -20,21 +20,31 @@ struct CrossEntropyOperators : Differentiable {
   // reduction: 0 none, 1 mean, 2 sum, 3 the mean that is 0 over nothing.
   struct Forward {
     static constexpr const char* kSchema =
-        "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, SymInt "
-        "ignore_index=-100, float label_smoothing=0.0, ScalarType? dtype=None) -> (Tensor loss, Tensor row_stats, "
-        "Tensor total_weight)";
-    using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor& logits, const Tensor& target,
-                                                         const OptionalTensor& weight, int64_t reduction,
-                                                         c10::SymInt ignore_index, double label_smoothing,
-                                                         OptionalDtype dtype);
+        "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight=None, Tensor? sample_weight=None, Tensor? "
+        "logit_scale=None, Tensor? temperature=None, Tensor? divisor=None, int reduction=1, SymInt ignore_index=-100, "
+        "float label_smoothing=0.0, float scale=1.0, float sharpness=1.0, float softcap=0.0, float z_loss=0.0, "
+        "ScalarType? dtype=None) -> (Tensor loss, Tensor row_stats, Tensor total_weight)";
+    using Signature = std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& sample_weight,
+        const OptionalTensor& logit_scale, const OptionalTensor& temperature, const OptionalTensor& divisor,
+        int64_t reduction, c10::SymInt ignore_index, double label_smoothing, double scale, double sharpness,
+        double softcap, double z_loss, OptionalDtype dtype);
   };
   struct Backward {
     static constexpr const char* kSchema =
-        "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor row_stats, "
-        "Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing) -> Tensor grad_logits";
-    using Signature = Tensor(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                             const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
-                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing);
+        "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? "
+        "sample_weight, Tensor? logit_scale, Tensor? temperature, Tensor? divisor, Tensor row_stats, Tensor "
+        "total_weight, int reduction, SymInt ignore_index, float label_smoothing, float scale, float sharpness, float "
+        "softcap, float "
+        "z_loss, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_logit_scale)";
+    using Signature = std::tuple<Tensor, Tensor>(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                                                 const OptionalTensor& logit_scale, const OptionalTensor& temperature,
+                                                 const OptionalTensor& divisor, const Tensor& row_stats,
+                                                 const Tensor& total_weight, int64_t reduction,
+                                                 c10::SymInt ignore_index, double label_smoothing, double scale,
+                                                 double sharpness, double softcap, double z_loss,
+                                                 std::array<bool, 2> output_mask);
   };
 
   template <typename... A>
@@ -48,12 +58,18 @@ struct CrossEntropyOperators : Differentiable {
 // The gradient is written to `out`, which may be the logits.
 struct CrossEntropyBackwardOut {
   static constexpr const char* kSchema =
-      "cross_entropy_backward.out(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor row_stats, "
-      "Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing, *, Tensor(a!) out) -> "
-      "Tensor(a!)";
+      "cross_entropy_backward.out(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor? "
+      "sample_weight, Tensor? logit_scale, Tensor? temperature, Tensor? divisor, Tensor row_stats, Tensor "
+      "total_weight, "
+      "int reduction, SymInt ignore_index, float label_smoothing, float scale, float sharpness, float softcap, float "
+      "z_loss, *, "
+      "Tensor(a!) out) -> Tensor(a!)";
   using Signature = Tensor&(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                            const OptionalTensor& weight, const Tensor& row_stats, const Tensor& total_weight,
-                            int64_t reduction, c10::SymInt ignore_index, double label_smoothing, Tensor& out);
+                            const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                            const OptionalTensor& logit_scale, const OptionalTensor& temperature,
+                            const OptionalTensor& divisor, const Tensor& row_stats, const Tensor& total_weight,
+                            int64_t reduction, c10::SymInt ignore_index, double label_smoothing, double scale,
+                            double sharpness, double softcap, double z_loss, Tensor& out);
 };
 
 // Seen by a compiler or another mode, which need not have the memory that is written to.
@@ -86,32 +102,41 @@ struct OverLogits {
 
   static torch::autograd::variable_list gradients(const D::Grads& grads, const D::Saved& saved,
                                                   const D::Options& options, const D::Mask& mask) {
-    const auto& [logits, target, weight, row_stats, total_weight] = saved;
+    const auto& [logits, target, weight, sample_weight, logit_scale, temperature, divisor, row_stats, total_weight] =
+        saved;
     // A gradient that is itself differentiated needs the logits.
-    if (at::GradMode::is_enabled() || is_traced(logits) || is_traced(grads[0]) ||
+    if (!mask[0] || mask[1] || at::GradMode::is_enabled() || is_traced(logits) || is_traced(grads[0]) ||
         any_has_tangent(std::array{&grads[0], &logits, &target}) || !is_alone_in_memory(logits)) {
       return ByOperator<CrossEntropyOperators>::gradients(grads, saved, options, mask);
     }
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor out = logits.detach();
     logits.unsafeGetTensorImpl()->bump_version();  // whoever saved them, a second backward too, notices
-    const auto& [reduction, ignore_index, label_smoothing] = options;
-    return {call<CrossEntropyBackwardOut>(grads[0], out, target,
-                                          weight.defined() ? OptionalTensor(weight) : std::nullopt, row_stats,
-                                          total_weight, reduction, ignore_index, label_smoothing, out)};
+    const auto& [reduction, ignore_index, label_smoothing, scale, sharpness, softcap, z_loss] = options;
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    return {call<CrossEntropyBackwardOut>(grads[0], out, target, optional(weight), optional(sample_weight),
+                                          optional(logit_scale), optional(temperature), optional(divisor), row_stats,
+                                          total_weight, reduction, ignore_index, label_smoothing, scale, sharpness,
+                                          softcap, z_loss, out),
+            Tensor()};
   }
 };
 const NodeClass<CrossEntropyOperators, OverLogits> over_logits;
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, bool inplace_backward) {
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                     const OptionalTensor& sample_weight, const OptionalTensor& logit_scale,
+                     const OptionalTensor& temperature, const OptionalTensor& divisor, int64_t reduction,
+                     c10::SymInt ignore_index, double label_smoothing, double scale, double sharpness, double softcap,
+                     double z_loss, OptionalDtype dtype, bool inplace_backward) {
   using Forward = Autograd<CrossEntropyOperators>;
   // Compilers plan the memory themselves; other derivatives need the logits; and hooks may hand out what they were
   // given, or what a checkpoint has computed again, to any number of backwards, none of which compares versions.
   if (!inplace_backward || !requires_grad(logits) || is_traced(logits) || has_default_hooks() ||
-      Forward::needs_definition({&logits, &target, &tensor_of(weight)})) {
-    return std::get<0>(
-        Forward::forward(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype));
+      Forward::needs_definition({&logits, &target, &tensor_of(weight), &tensor_of(sample_weight),
+                                 &tensor_of(logit_scale), &tensor_of(temperature), &tensor_of(divisor)})) {
+    return std::get<0>(Forward::forward(logits, target, weight, sample_weight, logit_scale, temperature, divisor,
+                                        reduction, std::move(ignore_index), label_smoothing, scale, sharpness, softcap,
+                                        z_loss, dtype));
   }
   TORCH_CHECK(!logits.is_leaf(),
               "cross_entropy: inplace_backward writes the gradient over the logits, but logits is "
@@ -121,56 +146,110 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
               "cross_entropy: inplace_backward writes the gradient over the logits, but logits is a view of a leaf "
               "Variable that requires grad, which would lose its values; call cross_entropy without inplace_backward");
   check_no_internal_overlap("cross_entropy", "logits", logits);
-  return std::get<0>(Forward::with_node<OverLogits>(logits, target, weight, reduction, std::move(ignore_index),
-                                                    label_smoothing, dtype));
+  return std::get<0>(Forward::with_node<OverLogits>(logits, target, weight, sample_weight, logit_scale, temperature,
+                                                    divisor, reduction, std::move(ignore_index), label_smoothing, scale,
+                                                    sharpness, softcap, z_loss, dtype));
 }
 
 // ---- cross_entropy_value_and_grad ----
 
-// Loss and gradient of the logits at once, for training steps without autograd's graph: the results have none.
-struct ValueAndGrad : Float32Loss {
-  static constexpr const char* kSchema =
-      "cross_entropy_value_and_grad(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, SymInt "
-      "ignore_index=-100, float label_smoothing=0.0, ScalarType? dtype=None) -> (Tensor loss, Tensor grad)";
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                               OptionalDtype dtype);
+// What is read of another tensor and would need a derivative that the results, which have no graph, do not carry.
+void check_no_gradient(const char* name, const OptionalTensor& t) {
+  TORCH_CHECK(!tensor_of(t).defined() || !(requires_grad(*t) || has_tangent(*t)),
+              "cross_entropy_value_and_grad: ", name,
+              " requires grad, but the loss has no graph, and the gradient is that of the logits alone: call ", name,
+              ".detach(), or cross_entropy");
+}
 
-  static std::tuple<Tensor, Tensor> autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                             OptionalDtype dtype) {
+// Loss and gradient of the logits at once, for training steps without autograd's graph: the results have none. Of
+// functions of the arguments of `Op`, up to `dtype`.
+template <typename Op, typename Signature = typename CrossEntropyOperators::Forward::Signature>
+struct WithoutGraph;
+template <typename Op, typename R, typename... A>
+struct WithoutGraph<Op, R(A...)> {
+  static constexpr size_t kTensors = Function<R(A...)>::kTensors;
+
+  static std::tuple<Tensor, Tensor> autograd(A... args) {
+    check_gradients(args...);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call<ValueAndGrad>(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype);
+    return call<Op>(args...);
   }
 
-  static std::tuple<Tensor, Tensor> functorch(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                              OptionalDtype dtype) {
-    if (Autocast<ValueAndGrad>::is_wanted(logits)) {
-      return Autocast<ValueAndGrad>::call_on(logits, logits, target, weight, reduction, std::move(ignore_index),
-                                             label_smoothing, dtype);
+  static std::tuple<Tensor, Tensor> functorch(A... args) {
+    const std::tuple<const A&...> all(args...);
+    const Tensor& logits = std::get<0>(all);
+    if (Autocast<Op>::is_wanted(logits)) return Autocast<Op>::call_on(logits, args...);
+    check_gradients(args...);
+    return by_operators(detached(args)...);
+  }
+
+  static void check_gradients(const A&... args) {
+    const auto tensors = tensors_of<R(A...)>(args...);
+    constexpr const char* kNames[] = {"sample_weight", "logit_scale", "temperature", "divisor"};
+    for (size_t i = 3; i < kTensors; ++i) check_no_gradient(kNames[i - 3], *tensors[i]);
+  }
+
+ private:
+  template <typename T>
+  static std::decay_t<T> detached(const T& value) {
+    if constexpr (!kIsTensor<T>) {
+      return value;
+    } else {
+      const Tensor& t = tensor_of(value);
+      return t.defined() ? std::decay_t<T>(t.detach()) : std::decay_t<T>();
     }
+  }
+  static std::tuple<Tensor, Tensor> by_operators(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                                                 const OptionalTensor& logit_scale, const OptionalTensor& temperature,
+                                                 const OptionalTensor& divisor, int64_t reduction,
+                                                 const c10::SymInt& ignore_index, double label_smoothing, double scale,
+                                                 double sharpness, double softcap, double z_loss,
+                                                 const OptionalDtype& dtype) {
     check_reduced("cross_entropy", reduction);
-    const Tensor x = logits.detach(), y = target.detach();
-    const OptionalTensor w = tensor_of(weight).defined() ? OptionalTensor(weight->detach()) : std::nullopt;
-    auto [loss, row_stats, total_weight] =
-        call<CrossEntropyOperators::Forward>(x, y, w, reduction, ignore_index, label_smoothing, dtype);
-    Tensor grad = call<CrossEntropyOperators::Backward>(at::ones_like(loss), x, y, w, row_stats, total_weight,
-                                                        reduction, ignore_index, label_smoothing);
+    auto [loss, row_stats, total_weight] = call<CrossEntropyOperators::Forward>(
+        logits, target, weight, sample_weight, logit_scale, temperature, divisor, reduction, ignore_index,
+        label_smoothing, scale, sharpness, softcap, z_loss, dtype);
+    Tensor grad = std::get<0>(call<CrossEntropyOperators::Backward>(
+        at::ones_like(loss), logits, target, weight, sample_weight, logit_scale, temperature, divisor, row_stats,
+        total_weight, reduction, ignore_index, label_smoothing, scale, sharpness, softcap, z_loss,
+        std::array{true, false}));
     return {std::move(loss), std::move(grad)};
   }
+};
+
+struct ValueAndGrad : Float32Loss {
+  static constexpr const char* kSchema =
+      "cross_entropy_value_and_grad(Tensor logits, Tensor target, Tensor? weight=None, Tensor? sample_weight=None, "
+      "Tensor? logit_scale=None, Tensor? temperature=None, Tensor? divisor=None, int reduction=1, SymInt "
+      "ignore_index=-100, float label_smoothing=0.0, float scale=1.0, float sharpness=1.0, float softcap=0.0, float "
+      "z_loss=0.0, ScalarType? dtype=None) -> (Tensor loss, Tensor grad)";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                               const OptionalTensor& sample_weight, const OptionalTensor& logit_scale,
+                                               const OptionalTensor& temperature, const OptionalTensor& divisor,
+                                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                                               double scale, double sharpness, double softcap, double z_loss,
+                                               OptionalDtype dtype);
 };
 
 // The gradient goes to `out`, which may be the logits.
 struct ValueAndGradOut : Float32Loss {
   static constexpr const char* kSchema =
-      "cross_entropy_value_and_grad_out(Tensor logits, Tensor target, Tensor? weight, int reduction, SymInt "
-      "ignore_index, float label_smoothing, ScalarType? dtype, Tensor(a!) out) -> Tensor loss";
-  using Signature = Tensor(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                           c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, Tensor& out);
+      "cross_entropy_value_and_grad_out(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? "
+      "logit_scale, Tensor? temperature, Tensor? divisor, int reduction, SymInt ignore_index, float label_smoothing, "
+      "float scale, float sharpness, float softcap, float z_loss, ScalarType? dtype, Tensor(a!) out) -> Tensor loss";
+  using Signature = Tensor(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                           const OptionalTensor& sample_weight, const OptionalTensor& logit_scale,
+                           const OptionalTensor& temperature, const OptionalTensor& divisor, int64_t reduction,
+                           c10::SymInt ignore_index, double label_smoothing, double scale, double sharpness,
+                           double softcap, double z_loss, OptionalDtype dtype, Tensor& out);
+};
 
-  static Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, Tensor& out) {
+template <typename Signature = CrossEntropyOperators::Forward::Signature>
+struct IntoOut;
+template <typename R, typename... A>
+struct IntoOut<R(A...)> {
+  static Tensor autograd(A... args, Tensor& out) {
     TORCH_CHECK(!(requires_grad(out) && out.is_leaf()),
                 "cross_entropy_value_and_grad: out is a leaf Variable that requires grad; it would lose its values: "
                 "give out.detach(), or another tensor");
@@ -180,23 +259,22 @@ struct ValueAndGradOut : Float32Loss {
     TORCH_CHECK(!(requires_grad(out) && is_view_of_leaf(out)),
                 "cross_entropy_value_and_grad: out is a view of a leaf Variable that requires grad, which would lose "
                 "its values: give out.detach(), or another tensor");
+    WithoutGraph<ValueAndGrad>::check_gradients(args...);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor loss =
-        call<ValueAndGradOut>(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype, out);
+    Tensor loss = call<ValueAndGradOut>(args..., out);
     if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();
     return loss;
   }
 
-  static Tensor functorch(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          c10::SymInt ignore_index, double label_smoothing, OptionalDtype dtype, Tensor& out) {
+  static Tensor functorch(A... args, Tensor& out) {
     // The gradient is copied there when all is read, so it may lie anywhere.
+    const Tensor& logits = std::get<0>(std::tuple<const A&...>(args...));
     TORCH_CHECK(out.sym_sizes() == logits.sym_sizes() && out.scalar_type() == logits.scalar_type() &&
                     out.device() == logits.device(),
                 "cross_entropy: out must have shape ", logits.sym_sizes(), " and dtype ", logits.scalar_type(), " on ",
                 logits.device().str(), ", as logits has, but got ", out.sym_sizes(), " and ", out.scalar_type(), " on ",
                 out.device().str());
-    auto [loss, grad] =
-        ValueAndGrad::functorch(logits, target, weight, reduction, std::move(ignore_index), label_smoothing, dtype);
+    auto [loss, grad] = WithoutGraph<ValueAndGrad>::functorch(args...);
     const at::NoGradGuard no_grad;
     out.copy_(grad);
     return loss;
@@ -214,8 +292,8 @@ TORCH_LIBRARY_FRAGMENT(nllx, m) {
 }
 
 TORCH_LIBRARY_IMPL(nllx, Autograd, m) {
-  m.impl("cross_entropy_value_and_grad", &ValueAndGrad::autograd);
-  m.impl("cross_entropy_value_and_grad_out", &ValueAndGradOut::autograd);
+  m.impl("cross_entropy_value_and_grad", &WithoutGraph<ValueAndGrad>::autograd);
+  m.impl("cross_entropy_value_and_grad_out", &IntoOut<>::autograd);
 }
 
 TORCH_LIBRARY_IMPL(nllx, AutocastCPU, m) {
@@ -229,8 +307,8 @@ TORCH_LIBRARY_IMPL(nllx, AutocastCUDA, m) {
 }
 
 TORCH_LIBRARY_IMPL(nllx, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("cross_entropy_value_and_grad", &ValueAndGrad::functorch);
-  m.impl("cross_entropy_value_and_grad_out", &ValueAndGradOut::functorch);
+  m.impl("cross_entropy_value_and_grad", &WithoutGraph<ValueAndGrad>::functorch);
+  m.impl("cross_entropy_value_and_grad_out", &IntoOut<>::functorch);
 }
 
 }  // namespace nllx

@@ -18,10 +18,12 @@ def coefficients(
     ignore_index: int,
     label_smoothing: float,
     acc: torch.dtype,
+    sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The coefficient of each class, a_c = w_c ((1 - eps) p_c + eps / C), and for index targets which rows count.
 
-    Also the divisor of the mean: the sum of the weights of the targets present, or the number of rows.
+    Also the divisor of the mean: the sum of the weights of the targets present, or the number of rows; with weights of the rows
+    each times that.
     """
     dim, classes = class_dim(input), input.shape[class_dim(input)]
     w = None if weight is None else weight.reshape([-1] + [1] * (input.dim() - 1 - dim)).to(acc)
@@ -33,7 +35,10 @@ def coefficients(
             rows = rows * size
         if holds(classes == 0):
             rows = 0  # torch divides by numel / C
-        divisor = mean_divisor(torch.full([], rows, dtype=acc, device=input.device), reduction, 0.0)
+        divisor = torch.full([], rows, dtype=acc, device=input.device)
+        if sample_weight is not None and not holds(classes == 0):
+            divisor = sample_weight.to(acc).sum()
+        divisor = mean_divisor(divisor, reduction, 0.0)
         return a if w is None else a * w, None, divisor
     if weight is not None:
         check_weight_gradient(op, weight)
@@ -49,6 +54,8 @@ def coefficients(
     a = present * (1 - label_smoothing)
     if label_smoothing > 0:
         a = a + torch.where(valid, one * uniform, zero)
+    if sample_weight is not None:
+        present = present.sum(dim) * torch.where(valid.squeeze(dim), sample_weight.to(acc), zero)
     return a, valid, mean_divisor(present.sum(), reduction, label_smoothing)
 
 

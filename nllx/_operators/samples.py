@@ -99,8 +99,12 @@ class Samples:
         label_smoothing: float,
         probabilities: bool,
         acc: torch.dtype,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """The divisor of the mean of each sample: the sum of the weights of the targets present, or the number of rows."""
+        """The divisor of the mean of each sample: the sum of the weights of the targets present, or the number of rows; each
+        times the weight of the row (of the joined problem), where rows have weights."""
+        if probabilities and sample_weight is not None and classes:
+            return mean_divisor(self.sum(cast(sample_weight, acc)), reduction, 0.0)
         if probabilities:
             rows = 1
             for size in self.rows:
@@ -115,6 +119,8 @@ class Samples:
             present = torch.where(
                 valid, weight.reshape(-1).to(acc)[index], torch.zeros([], dtype=acc, device=target.device)
             )
+        if sample_weight is not None:
+            present = torch.where(valid, present * cast(sample_weight, acc), torch.zeros_like(present))
         return mean_divisor(self.sum(present), reduction, label_smoothing)
 
     def reduce(self, rows: Tensor, divisors: Tensor, reduction: int) -> Tensor:

@@ -20,7 +20,7 @@ PLANES = [(1, c, n) for c, n in itertools.product((9, 21, 300), (7, 49, 1155, 2*
 def _families_of(row: Row, gpu: dict) -> set[tuple]:
     return {
         (op, family, dtype.itemsize, smoothing > 0)
-        for dtype, smoothing in itertools.product(DTYPES, (0.0, 0.1) if row.op == "cross_entropy" else (0.0,))
+        for dtype, smoothing in itertools.product(DTYPES, (0.0, 0.1) if row.op.startswith("cross_entropy") else (0.0,))
         for op, family in _families.plans(row, dtype, smoothing, gpu)
     }
 

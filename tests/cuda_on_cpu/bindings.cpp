@@ -14,6 +14,8 @@ EXPORT_FUNCTION(launch_cross_entropy_backward)
 EXPORT_FUNCTION(launch_nll_loss_forward)
 EXPORT_FUNCTION(launch_nll_loss_backward)
 EXPORT_FUNCTION(launch_cross_entropy_value_and_grad)
+EXPORT_FUNCTION(launch_cross_entropy_options_forward)
+EXPORT_FUNCTION(launch_cross_entropy_options_backward)
 EXPORT_FUNCTION(launch_softmax_statistics_forward)
 EXPORT_FUNCTION(launch_softmax_statistics_backward)
 EXPORT_FUNCTION(launch_log_softmax_forward)
@@ -31,6 +33,7 @@ EXPORT_FUNCTION(counters_of_stream)
   EXPORT const int64_t sizeof_##name; \
   const int64_t sizeof_##name = sizeof(nllx::name);
 
+EXPORT_SIZE(RowOptions)
 EXPORT_SIZE(CrossEntropyForward)
 EXPORT_SIZE(CrossEntropyBackward)
 EXPORT_SIZE(NllLossForward)

@@ -23,11 +23,13 @@ def check(case: Case, result: Result) -> None:
     if case.op == "log_softmax":
         return
     problem = build(case).for_torch(torch.float64)
-    arguments = (problem.input, problem.target, problem.weight, REDUCTIONS.index(case.reduction), case.ignore_index)
+    arguments = (problem.input, problem.target, problem.weight)
+    options = {"reduction": REDUCTIONS.index(case.reduction), "ignore_index": case.ignore_index}
     if case.op == "nll_loss":
-        _, total_weight = _operators.nll_loss.forward(*arguments)
+        _, total_weight = _operators.nll_loss.forward(*arguments, **options)
     else:
-        _, row_stats, total_weight = _operators.cross_entropy.forward(*arguments, case.label_smoothing)
+        options["label_smoothing"] = case.label_smoothing
+        _, row_stats, total_weight = _operators.cross_entropy.forward(*arguments, **options)
         _check_row_stats(result.row_stats, row_stats)
     unit = 2 * epsilon(result.total_weight.dtype)  # of two sums in different orders
     assert_close(result.total_weight.double(), total_weight, rtol=unit, atol=unit, equal_nan=True)

@@ -56,6 +56,20 @@ class Targets(ctypes.Structure):
     ]
 
 
+class RowOptions(ctypes.Structure):
+    _fields_ = [
+        ("logit_scale", c_void_p),
+        ("logit_scale_stride", c_int64),
+        ("temperature", c_void_p),
+        ("temperature_stride", c_int64),
+        ("scale", c_double),
+        ("sharpness", c_double),
+        ("softcap", c_double),
+        ("sample_weight", c_void_p),
+        ("z_loss", c_double),
+    ]
+
+
 class CrossEntropyForward(ctypes.Structure):
     _fields_ = [
         ("extent", Extent),
@@ -66,6 +80,7 @@ class CrossEntropyForward(ctypes.Structure):
         ("row_loss", c_void_p),
         ("row_loss_is_acc", c_bool),
         ("row_stats", c_void_p),
+        ("options", ctypes.POINTER(RowOptions)),
     ]
 
 
@@ -82,6 +97,8 @@ class CrossEntropyBackward(ctypes.Structure):
         ("total_weight", c_void_p),
         ("grad_logits", c_void_p),
         ("grad_strides", Strides),
+        ("options", ctypes.POINTER(RowOptions)),
+        ("grad_logit_scale", c_void_p),
     ]
 
 
@@ -97,6 +114,7 @@ class SoftmaxStatisticsForward(ctypes.Structure):
         ("entropy", c_void_p),
         ("prediction", c_void_p),
         ("row_stats", c_void_p),
+        ("options", ctypes.POINTER(RowOptions)),
     ]
 
 
@@ -113,6 +131,8 @@ class SoftmaxStatisticsBackward(ctypes.Structure):
         ("grad_entropy", c_void_p),
         ("grad_logits", c_void_p),
         ("grad_strides", Strides),
+        ("options", ctypes.POINTER(RowOptions)),
+        ("grad_logit_scale", c_void_p),
     ]
 
 
@@ -294,6 +314,7 @@ class CudaPlan(ctypes.Structure):
 
 
 _STRUCTS = (
+    RowOptions,
     CrossEntropyForward,
     CrossEntropyBackward,
     SoftmaxStatisticsForward,

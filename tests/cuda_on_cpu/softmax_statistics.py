@@ -18,6 +18,7 @@ from emulator import (
 )
 from launches import Settings, share_layout
 from memory import address
+from row_options import NO_OPTIONS, Mapped, Options, OptionTensors, within
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -34,6 +35,7 @@ class StatisticsCase:
     shift: tuple[int, int] = (0, 0)
     wanted: tuple[bool, bool, bool] = (True, True, True)
     equal: bool = False  # all logits but the first, which rounds a sum always the same way
+    options: Options = NO_OPTIONS
 
 
 def _logits(case: StatisticsCase) -> Tensor:
@@ -82,8 +84,10 @@ def run_softmax_statistics(
     grads: list[Tensor | None],
     settings: Settings,
     shift: tuple[int, int] = (0, 0),
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """log_prob, logsumexp and entropy, the prediction, what is saved, and the gradient for theirs; classes in dimension 1."""
+    options: OptionTensors | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """log_prob, logsumexp and entropy, the prediction, what is saved, and the gradient for theirs; classes in dimension 1.
+    With options that of logit_scale too, one for each row."""
     memory, rows = settings.memory(), x.select(1, 0).shape
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     (placed, like), arrays = share_layout([x, torch.empty_like(x)], 1)
@@ -97,6 +101,7 @@ def run_softmax_statistics(
         "logits": address(logits),
         "logits_strides": arrays.strides[0],
         "targets": targets,
+        "options": None if options is None else options.pointer(memory),
     }
     numbers = [memory.empty(rows, acc) for _ in range(3)]
     prediction, stats = memory.empty(rows, torch.int64), memory.empty([*rows, 3], acc)
@@ -114,6 +119,7 @@ def run_softmax_statistics(
 
     given = [None if g is None else memory.copy(g.contiguous()) for g in grads]
     grad = memory.empty(like.shape, like.dtype, like.stride(), shift[1])
+    gradients = [grad] if options is None else [grad, memory.empty(rows, acc)]
     backward = SoftmaxStatisticsBackward(
         **common,
         row_stats=address(stats),
@@ -122,11 +128,12 @@ def run_softmax_statistics(
         grad_entropy=address(given[2]),
         grad_logits=address(grad),
         grad_strides=arrays.strides[1],
+        grad_logit_scale=address(None if options is None else gradients[1]),
     )
     kernels.launch("softmax_statistics_backward", backward, float_type, bad, **how)
     memory.check()
     assert bad.claimed == 0
-    return numbers, prediction, stats, grad
+    return numbers, prediction, stats, gradients
 
 
 def check_softmax_statistics(kernels: Kernels, case: StatisticsCase, settings: Settings) -> list[Tensor]:
@@ -138,7 +145,9 @@ def check_softmax_statistics(kernels: Kernels, case: StatisticsCase, settings: S
         target.view(-1)[-1] = -100
     grads = [torch.linspace(-1 + i, 1, rows.numel(), dtype=acc).reshape(rows) for i in range(3)]
     given = [g if w else None for g, w in zip(grads, case.wanted, strict=True)]
-    numbers, prediction, stats, grad = run_softmax_statistics(kernels, x, target, given, settings, case.shift)
+    if case.options != NO_OPTIONS:
+        return _check_options(kernels, case, settings, x, target, given)
+    numbers, prediction, stats, (grad,) = run_softmax_statistics(kernels, x, target, given, settings, case.shift)
 
     leaf = x.clone().requires_grad_()
     expected, predicted = _formulas(leaf, target)
@@ -159,3 +168,64 @@ def check_softmax_statistics(kernels: Kernels, case: StatisticsCase, settings: S
     places = finite.unsqueeze(1).expand_as(want)
     assert_close(grad[places].double(), want[places].double(), rtol=16 * torch.finfo(case.dtype).eps, atol=64 * eps)
     return [*numbers[1:], prediction, stats, grad]
+
+
+def _check_options(
+    kernels: Kernels,
+    case: StatisticsCase,
+    settings: Settings,
+    x: Tensor,
+    target: Tensor | None,
+    given: list[Tensor | None],
+) -> list[Tensor]:
+    """Of finite logits; in rows that do not count logits and options are NaN."""
+    acc = torch.float64 if case.dtype == torch.float64 else torch.float32
+    counted = torch.ones_like(x.select(1, 0), dtype=torch.bool) if target is None else target != -100
+    x = torch.where(counted.unsqueeze(1), x, torch.nan)
+    flat = counted.reshape(-1)
+    options = OptionTensors(case.options, flat, acc)
+    numbers, prediction, stats, gradients = run_softmax_statistics(
+        kernels, x, target, given, settings, case.shift, options
+    )
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.movedim(1, -1).reshape(-1, case.shape[1])[flat]
+
+    value = rows(x).double()
+    mapped = Mapped(value, options)
+    z = mapped.z
+    lse = torch.logsumexp(z, 1, keepdim=True)
+    log_p = torch.log_softmax(z, 1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    hit = torch.zeros_like(p)
+    if target is not None:
+        hit.scatter_(1, target.reshape(-1)[flat].unsqueeze(1), 1.0)
+    large = 2 + z.abs().amax(1, keepdim=True)
+    of_log_prob = (hit * log_p).sum(1, keepdim=True)
+    for name, a, b in zip(("log_prob", "logsumexp", "entropy"), numbers, (of_log_prob, lse, entropy), strict=True):
+        if name != "log_prob" or target is not None:
+            within(a.reshape(-1)[flat], b.squeeze(1), large.squeeze(1), name)
+            assert (a.reshape(-1)[~flat] == 0).all()
+    # Of classes that rounding makes equal another one may be the first.
+    found = prediction.reshape(-1)
+    assert (found[~flat] == -1).all()
+    within(z.gather(1, found[flat].unsqueeze(1)).to(acc), z.amax(1, keepdim=True), large, "prediction")
+
+    g = [torch.zeros_like(lse) if t is None else t.reshape(-1)[flat].double().unsqueeze(1) for t in given]
+    if target is None:
+        g[0] = torch.zeros_like(lse)
+    logs = log_p + entropy
+    of_x, of_scale = mapped.gradients(value, hit * g[0] + p * (g[1] - g[0] - g[2] * logs))
+    size = hit * g[0].abs() + p * large * (g[0].abs() + g[1].abs() + g[2].abs() * (logs.abs() + large))
+    size *= (1 + mapped.argument.abs()) * mapped.slope.abs()
+    within(rows(gradients[0]), of_x, size * mapped.scale.abs(), "grad")
+    within(
+        gradients[1].reshape(-1)[flat],
+        of_scale,
+        ((size * value.abs()).sum(1, keepdim=True) * mapped.per_scale.abs()).squeeze(1),
+        "grad_logit_scale",
+    )
+    for gradient in (gradients[0].movedim(1, -1).reshape(-1, case.shape[1]), gradients[1].reshape(-1)):
+        assert (gradient[~flat] == 0).all()
+    return [*numbers[1:], prediction, stats, *gradients]

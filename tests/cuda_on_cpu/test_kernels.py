@@ -194,10 +194,12 @@ def test_launches(case: Case, settings: Settings, expected: list[str], kernels: 
 
 def test_every_kernel_is_launched() -> None:
     launched = {name.split("<")[0] for _, _, names in LAUNCHES for name in names}
-    of_statistics = {
-        f"softmax_statistics_{name}_kernel" for name in ("rows", "planes", "backward_rows", "backward_planes")
+    of_options = {
+        f"{op}_{name}_kernel"
+        for op in ("softmax_statistics", "cross_entropy_options")
+        for name in ("rows", "planes", "backward_rows", "backward_planes")
     }
-    in_other_files = {"checked_target_kernel", "mse_loss_forward_kernel", "mse_loss_backward_kernel", *of_statistics}
+    in_other_files = {"checked_target_kernel", "mse_loss_forward_kernel", "mse_loss_backward_kernel", *of_options}
     assert launched | in_other_files == kernel_bounds().keys()
 
 

@@ -13,9 +13,11 @@ import torch
 from cases import Case, Problem, build
 from comparison import check, variant
 from compilation import CSRC, kernels_library
+from cross_entropy_options import OptionsCase, check_cross_entropy_options
 from elementwise import ElementwiseCase, check_mse_loss
 from emulator import ASCENDING, DESCENDING, RANDOM, CudaDevice, KernelError, Kernels
 from launches import Settings, run
+from row_options import Options
 from softmax_statistics import StatisticsCase, check_softmax_statistics
 
 
@@ -29,7 +31,7 @@ class Mutation:
     new: str
     source: str
     cases: Sequence[
-        Case | ElementwiseCase | StatisticsCase | Problem
+        Case | ElementwiseCase | OptionsCase | StatisticsCase | Problem
     ]  # of a problem nothing but that it runs is looked at
     error: type[Exception] | tuple[type[Exception], ...]
     message: str = ""
@@ -46,6 +48,8 @@ BAD_ROWS = build(variant(Case("", "", (5, 40))))
 BAD_ROWS.target.fill_(40)
 SPLIT_ROWS = Case("", "", (2, 70_001), reduction="mean")
 LOG_SOFTMAX, STATISTICS = "log_softmax.cu", "softmax_statistics.cu"
+OPTIONS = "cross_entropy_options.cu"
+ALL_OPTIONS = Options(logit_scale="rows", temperature="rows", softcap=3.0, sample_weight=True)
 CLUSTER_ROWS = Case("", "", (7, 3001), op="log_softmax")
 CLUSTERS_THAT_WALK = [
     Settings(device=CudaDevice(1, 24 << 10, 4), order=order, most_blocks=1) for order in (DESCENDING, RANDOM)
@@ -168,6 +172,30 @@ MUTATIONS = [
     Mutation("a part that one block of a cluster is not told", "row_state.cuh",
              "if (to < blocks) *shared_of_rank", "if (to < blocks - 1) *shared_of_rank",
              LOG_SOFTMAX, [CLUSTER_ROWS], AssertionError, "", CLUSTERS_THAT_WALK),
+    Mutation("a softcap that the gradient does not know", "row_options.cuh",
+             "slope = out * (acc(4) * e * (r * r));", "slope = out;",
+             OPTIONS, [OptionsCase((9, 40), options=ALL_OPTIONS)], AssertionError, "grad"),
+    Mutation("a target without its share in the gradient of logit_scale", "row_options.cuh",
+             "if (added != acc(0)) by_scale += added * target_logit;", "",
+             OPTIONS, [OptionsCase((9, 40), options=ALL_OPTIONS)], AssertionError, "grad_logit_scale"),
+    Mutation("options of a row that does not count", "row_options.cuh",
+             "too.\n  return gradient.counts ? map.per_scale * by_scale : acc(0);",
+             "too.\n  return map.per_scale * (gradient.counts ? by_scale : acc(0));",
+             OPTIONS, [OptionsCase((9, 40), options=Options(temperature="rows"))], AssertionError, "grad_scale"),
+    Mutation("classes behind the last one that are no longer masked", "cross_entropy_options.cuh",
+             "start + j < end ? map(to_acc(x[(start + j) * stride])) : to_acc(minus_infinity_of<T>())",
+             "map(start + j < end ? to_acc(x[(start + j) * stride]) : to_acc(minus_infinity_of<T>()))",
+             OPTIONS, [OptionsCase((1, 9, 8), options=ALL_OPTIONS)], AssertionError, "loss"),
+    Mutation("a sample weight that is not in the divisor", "cross_entropy_options.cuh",
+             "weight = factor * y.weight;", "weight = y.weight;",
+             OPTIONS, [OptionsCase((9, 40), options=ALL_OPTIONS)], AssertionError, "row_weight"),
+    Mutation("no barrier before the sums of other warps are read", "row_state.cuh",
+             "__syncthreads();  // the sums of all warps are there", "",
+             OPTIONS, [OptionsCase((3, 3001), options=ALL_OPTIONS)], AssertionError, "grad_logit_scale", DISORDER),
+    Mutation("no barrier before the next sum of a row", "row_state.cuh",
+             "__syncthreads();  // the scratch may still be read for the sum before", "",
+             OPTIONS, [OptionsCase((3, 3001), target="probabilities", options=ALL_OPTIONS)], AssertionError, "",
+             BLOCKS_THAT_WALK),
     Mutation("elements beyond the last one", "elementwise.cuh",
              "const From* from = static_cast<const From*>(data);\n  if (kVectors && i + kSize <= e.count) {",
              "const From* from = static_cast<const From*>(data);\n  if (kVectors && i < e.count) {",
@@ -183,6 +211,8 @@ def _check(kernels: Kernels, mutation: Mutation) -> None:
                 check_mse_loss(kernels, case, settings)
             elif isinstance(case, Problem):
                 run(kernels, case, settings)
+            elif isinstance(case, OptionsCase):
+                check_cross_entropy_options(kernels, case, settings)
             elif isinstance(case, StatisticsCase):
                 check_softmax_statistics(kernels, case, settings)
             else:

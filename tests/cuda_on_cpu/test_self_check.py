@@ -12,10 +12,12 @@ import torch
 from cases import Case
 from cases import Problem as CaseProblem
 from compilation import CSRC, kernels_library
+from cross_entropy_options import OptionsCase, OptionsProblem
 from elementwise import ElementwiseCase
 from emulator import CudaDevice, Kernels
 from gpus import GPUS
 from launches import Settings
+from row_options import Options, OptionTensors
 from softmax_statistics import run_softmax_statistics
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def _fewer(row: Row, gpu: dict) -> tuple[Row, dict]:
         return row._replace(shape=(1, classes, 32, 64)), few
     if inner:
         return row._replace(shape=(2 if "shared" not in row.family else 1, classes, *inner)), few
-    if row.family.startswith(("tile", "register", "elements", "rows of targets", "statistics")):
+    if row.family.startswith(("tile", "register", "elements", "rows of targets", "options", "statistics")):
         return row._replace(shape=(min(rows, 300 if classes < 5000 else 20), classes)), gpu
     fewer = 1 if rows <= 16 else 2
     return row._replace(shape=(fewer, classes)), {
@@ -88,10 +90,12 @@ class _PretendedGpu:
             return Answer(output, grad)
         if problem.op == "softmax_statistics":
             acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-            numbers, _, _, grad = run_softmax_statistics(
+            numbers, _, _, (grad,) = run_softmax_statistics(
                 self.kernels, x, problem.target, [*problem.gradient.to(acc)], self.settings
             )
             return Answer(torch.stack(numbers), grad)
+        if problem.of_rows is not None:
+            return self._answer_with_options(problem, problem.of_rows)
         case = Case(
             "",
             "",
@@ -112,6 +116,23 @@ class _PretendedGpu:
             return Answer(apart.output, apart.grad)
         together = run(torch.ones(()), together=True, in_place=True)
         return Answer(apart.output, apart.grad, (together.output, together.grad))
+
+    def _answer_with_options(self, problem: Problem, of_rows: tuple[Tensor, Tensor]) -> Answer:
+        x, counted = problem.input, problem.target.reshape(-1) != -100
+        case = OptionsCase(tuple(x.shape), x.dtype, label_smoothing=problem.label_smoothing)
+        softcap, temperature, z_loss = _families.NUMBERS.values()
+        options = Options("rows", sharpness=1 / temperature, softcap=softcap, z_loss=z_loss, sample_weight=True)
+        loss = OptionsProblem(case)
+        loss.x, loss.index, loss.incoming = x, problem.target, problem.gradient.to(case.acc)
+        loss.tensors = OptionTensors(options, counted, case.acc)
+        loss.tensors.logit_scale, loss.tensors.sample_weight = (t.reshape(-1) for t in of_rows)
+        if problem.reduction == "mean":
+            loss.total_weight = loss.tensors.sample_weight[counted].sum()
+        result = loss.run(self.kernels, self.settings)
+        output = result.loss.sum(dtype=torch.float64)
+        if loss.total_weight is not None:
+            output = output / loss.total_weight
+        return Answer(output.to(x.dtype), result.grad, grad_scale=result.grad_scale)
 
     def main(self) -> int:
         return main(["--families", "--small"])

@@ -19,6 +19,7 @@ from emulator import (
 )
 from launches import Settings, share_layout
 from memory import address, bits
+from row_options import Options
 from softmax_statistics import StatisticsCase, check_softmax_statistics
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,12 +38,25 @@ ALONE = [
     StatisticsCase((5, 40), torch.bfloat16, wanted=tuple(i == j for j in range(3)))  # type: ignore[arg-type]
     for i in range(3)
 ]
-
-
+OPTIONS = [
+    StatisticsCase(shape, dtype, has_target, shift=(i % 4, 0), options=options)
+    for i, (shape, (dtype, has_target, options)) in enumerate(
+        itertools.product(
+            ((40, 5), (11, 33), (9, 300), (3, 3001), (2, 70, 9)),
+            (
+                (torch.float32, True, Options(logit_scale="rows", temperature="one")),
+                (torch.float64, True, Options(logit_scale="one", temperature="rows", softcap=4.0)),
+                (torch.bfloat16, False, Options(scale=-1.2, sharpness=0.7)),
+                (torch.float16, True, Options(logit_scale="rows", temperature="rows", softcap=20.0, scale=3.0)),
+                (torch.float32, False, Options(scale=60.0, softcap=5.0)),  # saturated
+            ),
+        )
+    )
+]
 EQUAL = [StatisticsCase(shape, equal=True) for shape in ((1, 50_257, 2), (2, 50_257))]
 
 
-@pytest.mark.parametrize("case", CASES + SHIFTED + SPECIAL + ALONE + EQUAL, ids=str)
+@pytest.mark.parametrize("case", CASES + SHIFTED + SPECIAL + ALONE + EQUAL + OPTIONS, ids=str)
 def test_value(case: StatisticsCase, kernels: Kernels) -> None:
     kernels.launched.clear()
     check_softmax_statistics(kernels, case, Settings())
@@ -51,7 +65,7 @@ def test_value(case: StatisticsCase, kernels: Kernels) -> None:
     assert [launch.name for launch in kernels.launched] == names
 
 
-@pytest.mark.parametrize("case", CASES[::3] + SPECIAL, ids=str)
+@pytest.mark.parametrize("case", CASES[::3] + SPECIAL + OPTIONS[::3], ids=str)
 def test_same_in_every_order_and_on_every_grid(case: StatisticsCase, kernels: Kernels) -> None:
     expected = check_softmax_statistics(kernels, case, Settings())
     for settings in (

@@ -349,6 +349,68 @@ Exact log_sum_exp(Array& x, const Extent& e, int64_t o, int64_t i) {
   return m + std::log(sum);
 }
 
+// Options of the rows, or none, and what they say in more digits.
+struct Mapping {
+  RowOptions options;
+  Array scale, temperature, weight;
+  bool per_row = false, wants_gradient = false;
+
+  Mapping(Bytes& in, Stream& random, FloatType acc, int64_t rows, bool losses)
+      : scale(acc, {1, rows, 1}, {0, 1, 0}, 0),
+        temperature(acc, {1, rows, 1}, {0, 1, 0}, 0),
+        weight(acc, {1, rows, 1}, {0, 1, 0}, 0) {
+    for (int64_t row = 0; row < rows; ++row) {
+      scale.set(row, 2.5 * random.unit() - 0.5);  // some are negative
+      temperature.set(row, 0.5 + random.unit());
+      weight.set(row, 2 * random.unit());
+    }
+    if (in.flip()) return;
+    if (in.flip()) {
+      per_row = in.flip();
+      options.logit_scale = scale.data();
+      options.logit_scale_stride = per_row ? 1 : 0;
+      wants_gradient = in.flip();
+    }
+    if (in.below(3) == 0) {
+      options.temperature = temperature.data();
+      options.temperature_stride = 1;
+    }
+    if (in.below(3) == 0) options.scale = 1.5;
+    if (in.below(3) == 0) options.sharpness = 0.75;
+    if (in.below(3) == 0) options.softcap = 4;
+    if (losses && in.below(3) == 0) options.z_loss = 0.01;
+    if (losses && in.below(3) == 0) options.sample_weight = weight.data();
+  }
+
+  const RowOptions* pointer() const { return options.any() ? &options : nullptr; }
+  Exact sharpness(int64_t row) { return options.sharpness / (options.temperature ? temperature.get(row) : Exact{1}); }
+  Exact factor(int64_t row) { return options.scale * (options.logit_scale ? scale.get(per_row ? row : 0) : Exact{1}); }
+  Exact z(Exact x, int64_t row) {
+    const Exact cap = options.softcap, inner = factor(row) * x;
+    if (cap == 0 && !options.map_logits()) return x;
+    return sharpness(row) * (cap == 0 ? inner : cap * std::tanh(inner / cap));
+  }
+  // dz / dx, and by the row's logit_scale.
+  Exact per_scale(Exact x, int64_t row) {
+    const Exact cap = options.softcap;
+    Exact slope = sharpness(row) * options.scale;
+    if (cap != 0) slope /= std::pow(std::cosh(factor(row) * x / cap), 2);
+    return slope;
+  }
+  Exact slope(Exact x, int64_t row) {
+    return per_scale(x, row) * (options.logit_scale ? scale.get(per_row ? row : 0) : Exact{1});
+  }
+  Exact sample_weight(int64_t row) { return options.sample_weight ? weight.get(row) : Exact{1}; }
+
+  Exact log_sum_exp(Array& x, const Extent& e, int64_t row) {
+    Exact m = -std::numeric_limits<Exact>::infinity(), sum = 0;
+    const auto at = [&](int64_t c) { return z(x.get(row / e.inner, c, row % e.inner), row); };
+    for (int64_t c = 0; c < e.classes; ++c) m = std::max(m, at(c));
+    for (int64_t c = 0; c < e.classes; ++c) sum += std::exp(at(c) - m);
+    return m + std::log(sum);
+  }
+};
+
 template <typename P, typename Kernel>
 ChunkResult run(const P& p, const Chunks& chunks, Kernel kernel) {
   return sum_over_chunks(chunks, [&](int64_t chunk, ChunkResult& r) { kernel(p, chunks, chunk, r); });
@@ -414,7 +476,9 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
   const bool row_loss_is_acc = in.flip() || acc == p.type;
   const Strides written = strides_of(in, p.layout, e, false);
   const int64_t shift = in.below(16);
-  const bool comparable = p.values == Values::kTame || (p.values == Values::kWide && !probabilities);
+  Mapping map(in, random, acc, rows, /*losses=*/true);
+  const bool comparable =
+      p.values == Values::kTame || (p.values == Values::kWide && !probabilities && !map.options.any());
 
   // The definition: coefficients a_c of -log softmax.
   const auto coefficient = [&](int64_t o, int64_t c, int64_t i, int64_t y) -> Exact {
@@ -430,7 +494,7 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
     if (!is_class(y, e.classes)) {
       if (first_bad < 0) first_bad = row;
     } else {
-      total_weight += t.weight ? weight.get(y) : 1;
+      total_weight += (t.weight ? weight.get(y) : 1) * static_cast<double>(map.sample_weight(row));
     }
   }
 
@@ -446,6 +510,7 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
     f.row_loss = per_row ? row_loss.data() : nullptr;
     f.row_loss_is_acc = row_loss_is_acc;
     f.row_stats = stats.data();
+    f.options = map.pointer();
     if (rows == 0 || (probabilities && e.classes == 0)) continue;  // the operators answer without a kernel
     const ChunkResult total = run_cross_entropy_forward(*capability.kernels, f, type);
     if (t.index)
@@ -460,13 +525,15 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
           expect(row_loss.get(row) == 0, p, capability.name.c_str(), "loss of an ignored row", row_loss.get(row), 0);
         continue;
       }
-      const Exact lse = log_sum_exp(logits, e, o, i);
-      Exact exact_loss = 0, size = 0;
+      const Exact lse = map.log_sum_exp(logits, e, row), square = map.options.z_loss * lse * lse;
+      Exact exact_loss = square, size = 2 * square;
       for (int64_t c = 0; c < e.classes; ++c) {
-        const Exact a = coefficient(o, c, i, y), l = lse - logits.get(o, c, i);
+        const Exact a = coefficient(o, c, i, y), l = lse - map.z(logits.get(o, c, i), row);
         exact_loss += a * l;
         size += std::fabs(a) * (std::fabs(l) + std::fabs(lse));
       }
+      exact_loss *= map.sample_weight(row);
+      size *= map.sample_weight(row);
       const auto loss = static_cast<double>(exact_loss);
       sum += loss;
       scale += size;
@@ -509,32 +576,58 @@ void fuzz_losses(Bytes& in, const Problem& p, const std::vector<CpuCapability>& 
     b.total_weight = per_row ? nullptr : divisor.data();
     b.grad_logits = result.data();
     b.grad_strides = result.strides();
+    b.options = map.pointer();
     Chunks chunks(e, p.layout, t.index != nullptr);
     chunks.stream = stream && !over_logits;
+    std::vector<double> by_scale(static_cast<size_t>(rows * chunks.segments));
+    const bool scale_gradient = map.wants_gradient && !both;
+    if (scale_gradient && map.per_row) b.grad_logit_scale = by_scale.data();
+    b.scale_gradient = scale_gradient;
+    double of_scale = 0;
+    Exact exact_of_scale = 0, size_of_scale = 1;
     if (both) {
       const ChunkResult again = run_cross_entropy_value_and_grad(*capability.kernels, f, b, chunks, type);
       expect(near(again.loss, total.loss, 0), p, capability.name.c_str(), "sum of losses, value and gradient",
              again.loss, total.loss);
     } else {
-      run(b, chunks, capability.kernels->cross_entropy_backward[type]);
+      of_scale = run(b, chunks, capability.kernels->cross_entropy_backward[type]).scale_gradient;
     }
     result.check_gaps("gradient");
     for (int64_t row = 0; row < rows && comparable && p.values == Values::kTame && e.classes > 0; ++row) {
       const int64_t o = row / e.inner, i = row % e.inner, y = t.index ? load_index(t.index, t.index_type, row) : -1;
       const bool ignored = t.index && y == t.ignore_index;
-      const Exact lse = log_sum_exp(logits, e, o, i);
-      const Exact g = incoming.get(per_row ? row : 0) / (per_row ? Exact{1} : Exact{7});
-      Exact mass = 0;
+      const Exact lse = map.log_sum_exp(logits, e, row);
+      const Exact g = map.sample_weight(row) * incoming.get(per_row ? row : 0) / (per_row ? Exact{1} : Exact{7});
+      Exact mass = 0, of_row = 0, size_of_row = 1;
       for (int64_t c = 0; c < e.classes; ++c) mass += coefficient(o, c, i, y);
+      const Exact with_square = mass + 2 * map.options.z_loss * lse;
       for (int64_t c = 0; c < e.classes; ++c) {
-        const auto expected = static_cast<double>(
-            ignored ? 0 : g * (mass * std::exp(logits.get(o, c, i) - lse) - coefficient(o, c, i, y)));
+        const Exact x = logits.get(o, c, i);
+        const Exact of_z = ignored ? 0 : g * (with_square * std::exp(map.z(x, row) - lse) - coefficient(o, c, i, y));
+        of_row += of_z * map.per_scale(x, row) * x;
+        size_of_row += (1 + mass) * std::fabs(map.per_scale(x, row) * x);
+        const auto expected = static_cast<double>(of_z * map.slope(x, row));
         const double actual = result.get(o, c, i);
-        const double tolerance = 64 * epsilon_of(acc) * static_cast<double>(1 + mass) +
-                                 2 * epsilon_of(p.type) * std::fabs(expected) +
-                                 (p.type == FloatType::kFloat16 ? 0x1p-24 : 0);
+        const double tolerance =
+            64 * epsilon_of(acc) * static_cast<double>(1 + mass) * (1 + std::fabs(static_cast<double>(lse))) *
+                (1 + std::fabs(static_cast<double>(map.slope(x, row)))) +
+            2 * epsilon_of(p.type) * std::fabs(expected) + (p.type == FloatType::kFloat16 ? 0x1p-24 : 0);
         expect(near(actual, expected, tolerance), p, capability.name.c_str(), "gradient", actual, expected);
       }
+      exact_of_scale += of_row;
+      size_of_scale += size_of_row;
+      if (!scale_gradient || !map.per_row) continue;
+      double found = 0;
+      for (int64_t part = 0; part < chunks.segments; ++part) {
+        found += by_scale[static_cast<size_t>(row * chunks.segments + part)];
+      }
+      expect(near(found, static_cast<double>(of_row), 64 * epsilon_of(acc) * static_cast<double>(size_of_row)), p,
+             capability.name.c_str(), "gradient of a row's scale", found, static_cast<double>(of_row));
+    }
+    if (scale_gradient && comparable && p.values == Values::kTame && e.classes > 0) {
+      expect(near(of_scale, static_cast<double>(exact_of_scale),
+                  64 * epsilon_of(acc) * static_cast<double>(size_of_scale)),
+             p, capability.name.c_str(), "gradient of the scale", of_scale, static_cast<double>(exact_of_scale));
     }
   }
 }
@@ -628,6 +721,7 @@ void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuC
   const bool with_entropy = in.flip(), with_prediction = in.flip(), stream = in.flip();
   const int64_t grads = in.below(8), shift = in.below(16);
   const Strides written = strides_of(in, p.layout, e, false);
+  Mapping map(in, random, acc, rows, /*losses=*/false);
   const Extent numbers{1, rows, 1};
   const Strides one_each{0, 1, 0};
   for (const CpuCapability& capability : all) {
@@ -646,6 +740,7 @@ void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuC
     if (with_entropy) f.entropy = entropy.data();
     if (with_prediction) f.prediction = prediction.data();
     f.row_stats = stats.data();
+    f.options = map.pointer();
     const ChunkResult total = run_softmax_statistics_forward(*capability.kernels, f, type);
     if (total.bad_target >= 0) continue;  // the operator raises
 
@@ -668,9 +763,12 @@ void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuC
     if (grads & 4) b.grad_entropy = of_entropy.data();
     b.grad_logits = gradient.data();
     b.grad_strides = written;
+    b.options = map.pointer();
+    b.scale_gradient = map.wants_gradient;
     Chunks chunks(e, p.layout, /*split_rows=*/true);
     chunks.stream = stream;
-    run(b, chunks, capability.kernels->softmax_statistics_backward[type]);
+    const double of_scale = run(b, chunks, capability.kernels->softmax_statistics_backward[type]).scale_gradient;
+    Exact exact_of_scale = 0, size_of_scale = 1;
     gradient.check_gaps("gradient of softmax_statistics");
 
     for (int64_t row = 0; row < rows; ++row) {
@@ -683,7 +781,8 @@ void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuC
           const double best = logits.get(o, largest, i), x = logits.get(o, c, i);
           if (!std::isnan(best) && (std::isnan(x) || x > best)) largest = c;
         }
-        expect(prediction[static_cast<size_t>(row)] == largest, p, name, "prediction",
+        // What a map rounds to the same number is not known here.
+        expect(map.options.map_logits() || prediction[static_cast<size_t>(row)] == largest, p, name, "prediction",
                static_cast<double>(prediction[static_cast<size_t>(row)]), static_cast<double>(largest));
       }
       if (ignored) {
@@ -694,10 +793,10 @@ void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuC
         continue;
       }
       if (p.values != Values::kTame) continue;
-      const Exact lse = log_sum_exp(logits, e, o, i);
+      const Exact lse = map.log_sum_exp(logits, e, row);
       Exact exact_entropy = 0;
       for (int64_t c = 0; c < e.classes; ++c) {
-        const Exact l = logits.get(o, c, i) - lse;
+        const Exact l = map.z(logits.get(o, c, i), row) - lse;
         exact_entropy -= std::exp(l) * l;
       }
       const double tolerance = 64 * epsilon_of(acc) * (1 + std::fabs(static_cast<double>(lse)) + 16);
@@ -708,21 +807,28 @@ void fuzz_softmax_statistics(Bytes& in, const Problem& p, const std::vector<CpuC
                entropy.get(row), static_cast<double>(exact_entropy));
       }
       if (t.index) {
-        const auto expected = static_cast<double>(logits.get(o, y, i) - lse);
+        const auto expected = static_cast<double>(map.z(logits.get(o, y, i), row) - lse);
         expect(near(log_prob.get(row), expected, tolerance), p, name, "log_prob", log_prob.get(row), expected);
       }
       const double g_y = b.grad_log_prob ? of_log_prob.get(row) : 0,
                    g_lse = b.grad_logsumexp ? of_logsumexp.get(row) : 0,
                    g_entropy = b.grad_entropy ? of_entropy.get(row) : 0;
       for (int64_t c = 0; c < e.classes; ++c) {
-        const Exact l = logits.get(o, c, i) - lse;
-        const auto expected =
-            static_cast<double>(std::exp(l) * (g_lse - g_y - g_entropy * (l + exact_entropy)) + (c == y ? g_y : 0));
+        const Exact x = logits.get(o, c, i), l = map.z(x, row) - lse;
+        const Exact of_z = std::exp(l) * (g_lse - g_y - g_entropy * (l + exact_entropy)) + (c == y ? g_y : 0);
+        const auto expected = static_cast<double>(of_z * map.slope(x, row));
+        exact_of_scale += of_z * map.per_scale(x, row) * x;
+        size_of_scale += std::fabs(map.per_scale(x, row) * x) * (1 + std::fabs(lse));
         expect(near(gradient.get(o, c, i), expected,
-                    tolerance + 2 * epsilon_of(p.type) * std::fabs(expected) +
-                        (p.type == FloatType::kFloat16 ? 0x1p-24 : 0)),
+                    tolerance * (1 + std::fabs(static_cast<double>(map.slope(x, row)))) +
+                        2 * epsilon_of(p.type) * std::fabs(expected) + (p.type == FloatType::kFloat16 ? 0x1p-24 : 0)),
                p, name, "gradient of softmax_statistics", gradient.get(o, c, i), expected);
       }
+    }
+    if (map.wants_gradient && p.values == Values::kTame) {
+      expect(near(of_scale, static_cast<double>(exact_of_scale),
+                  64 * epsilon_of(acc) * static_cast<double>(size_of_scale)),
+             p, name, "gradient of the scale, statistics", of_scale, static_cast<double>(exact_of_scale));
     }
   }
 }

@@ -273,12 +273,13 @@ def test_target_out_of_range(op: str, reduction: str, name: str) -> None:
             function(x.transpose(1, -1).contiguous().transpose(1, -1), target, reduction=reduction, **options)
 
     number = {"none": 0, "mean": 1, "sum": 2}[reduction]
-    arguments = (options.get("weight"), number, options.get("ignore_index", -100))
-    saved = getattr(ops, f"{op}_forward")(x, torch.zeros_like(target), *arguments)[1:]
+    weight, numbers = options.get("weight"), (number, options.get("ignore_index", -100))
+    no_options = [None] * (4 if op == "cross_entropy" else 0)
+    saved = getattr(ops, f"{op}_forward")(x, torch.zeros_like(target), weight, *no_options, *numbers)[1:]
     grad = torch.ones(target.shape if reduction == "none" else ())
-    backward = (grad, x, target, arguments[0], *saved, *arguments[1:])
+    backward = (grad, x, target, weight, *no_options, *saved, *numbers)
     if op == "cross_entropy":
-        backward = (*backward, 0.0)
+        backward = (*backward, 0.0, 1.0, 1.0, 0.0, 0.0, [True, False])
     with pytest.raises(IndexError, match=message):
         getattr(ops, f"{op}_backward")(*backward)
 
@@ -344,7 +345,9 @@ def _cross_entropy_backward(**changed: Any) -> Tensor:
     arguments = {"grad_output": ones(()), "logits": x, "target": t, "weight": None}
     arguments |= {"row_stats": row_stats, "total_weight": total_weight}
     arguments |= {"reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
-    return ops.cross_entropy_backward(**arguments | changed)
+    arguments |= {"sample_weight": None, "logit_scale": None, "temperature": None, "divisor": None}
+    arguments |= {"scale": 1.0, "sharpness": 1.0, "softcap": 0.0, "z_loss": 0.0, "output_mask": [True, False]}
+    return ops.cross_entropy_backward(**arguments | changed)[0]
 
 
 def _nll_loss_backward(**changed: Any) -> Tensor:
@@ -361,7 +364,7 @@ def test_operators_called_by_hand() -> None:
 
 
 _OPERATOR_MISTAKES: dict[str, Callable[[], object]] = {
-    "reduction": lambda: ops.cross_entropy(x, t, None, 4),
+    "reduction": lambda: ops.cross_entropy(x, t, reduction=4),
     "negative reduction": lambda: ops.nll_loss(x, t, None, -1),
     "backward: reduction": lambda: _cross_entropy_backward(reduction=4),
     "backward: row_stats of fewer rows": lambda: _cross_entropy_backward(row_stats=ones(2, 2)),

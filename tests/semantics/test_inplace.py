@@ -244,7 +244,7 @@ def test_value_and_grad_opcheck(device: str) -> None:
     logits, target = x.to(device), t.to(device)
     ops = torch.ops.nllx
     torch.library.opcheck(ops.cross_entropy_value_and_grad.default, (logits, target))
-    arguments = (logits, target, None, 1, -100, 0.1, None, torch.empty_like(logits))
+    arguments = (logits, target, *[None] * 5, 1, -100, 0.1, 1.0, 1.0, 0.0, 0.0, None, torch.empty_like(logits))
     torch.library.opcheck(ops.cross_entropy_value_and_grad_out.default, arguments)
 
 

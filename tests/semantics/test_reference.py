@@ -132,9 +132,9 @@ def test_an_ignore_index_outside_of_the_targets_dtype(
     for of in (dtype, torch.int64):
         index = torch.tensor([target], dtype=of)
         if op == "softmax_statistics":
-            result = _operators.softmax_statistics.forward(x, index, 1, ignore_index)[0]
+            result = _operators.softmax_statistics.forward(x, index, dim=1, ignore_index=ignore_index)[0]
         else:
-            result = getattr(_operators, op).forward(x, index, None, 1, ignore_index)[0]
+            result = getattr(_operators, op).forward(x, index, reduction=1, ignore_index=ignore_index)[0]
         found.append(result)
     assert_close(*found)
     assert found[0] != 0

@@ -24,7 +24,8 @@ x = torch.linspace(-2, 2, 24).reshape(4, 6)
 t = torch.tensor([0, 5, -100, 3])
 
 
-_ADDED = [(name, inspect.Parameter.KEYWORD_ONLY) for name in ("inplace_backward", "zero_division")]
+_OPTIONS = ("logit_scale", "softcap", "temperature", "z_loss", "sample_weight", "divisor")
+_ADDED = [(name, inspect.Parameter.KEYWORD_ONLY) for name in ("inplace_backward", "zero_division", *_OPTIONS)]
 
 
 def _parameters(function: Any) -> list[tuple[str, Any, Any]]:

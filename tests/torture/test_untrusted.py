@@ -278,11 +278,12 @@ def test_operators_called_by_hand(data: st.DataObject) -> None:
 
     rows = [*logits.shape[:1], *logits.shape[2:]] if logits.dim() > 1 else []
     grad_output, stats, total = some(rows if reduction == 0 else [], acc), some([*rows, 2], acc), some([], acc)
-    saved = (stats, total, reduction, ignore_index, smoothing)
+    no_options = (1.0, 1.0, 0.0, 0.0)
+    saved = (None, None, None, None, stats, total, reduction, ignore_index, smoothing, *no_options)
     out = torch.empty_like(logits)
     backward = torch.ops.nllx.cross_entropy_backward
     calls = [
-        lambda: backward(grad_output, logits, target, weight, *saved),
+        lambda: backward(grad_output, logits, target, weight, *saved, [True, False])[0],
         lambda: backward.out(grad_output, logits, target, weight, *saved, out=out),
         lambda: torch.ops.nllx.nll_loss_backward(grad_output, logits, target, weight, total, reduction, ignore_index),
         lambda: torch.ops.nllx.log_softmax_backward(
@@ -322,6 +323,11 @@ def test_memory_that_was_freed(kept: int) -> None:
     logits, target, weight = torch.randn(50, 10), torch.randint(10, (50,)), torch.rand(10)
     soft, out = torch.rand(50, 10), torch.empty(50, 10)
     loss, stats, total = ops.cross_entropy_forward(logits, target)
+
+    def backward(grad: Tensor, x: Tensor, y: Tensor, row_stats: Tensor) -> Tensor:
+        options = (1, -100, 0.0, 1.0, 1.0, 0.0, 0.0, [True, False])
+        return ops.cross_entropy_backward(grad, x, y, None, None, None, None, None, row_stats, total, *options)[0]
+
     calls = {
         "logits": (logits, lambda t: f.cross_entropy(t, target)),
         "log_probs": (logits, lambda t: f.nll_loss(t, target)),
@@ -334,9 +340,9 @@ def test_memory_that_was_freed(kept: int) -> None:
         "out": (out, lambda t: f.cross_entropy_value_and_grad(logits, target, out=t)),
         "saved logits": (
             logits,
-            lambda t: ops.cross_entropy_backward(loss, t, target, None, stats, total, 1, -100, 0.0),
+            lambda t: backward(loss, t, target, stats),
         ),
-        "stats": (stats, lambda t: ops.cross_entropy_backward(loss, logits, target, None, t, total, 1, -100, 0.0)),
+        "stats": (stats, lambda t: backward(loss, logits, target, t)),
         "grad_output": (logits, lambda t: ops.log_softmax_backward(t, soft, 1)),
         "output": (soft, lambda t: ops.log_softmax_backward(logits, t, 1)),
     }

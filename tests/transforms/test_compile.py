@@ -73,7 +73,10 @@ def _operator_calls(problem: Problem) -> dict[Any, tuple[Any, ...]]:
     forward = getattr(ops, f"{case.op}_forward")
     with torch.no_grad():
         loss, *saved = forward(*arguments)
-    backward = (grad_output(case, loss), *arguments[:3], *saved, *arguments[3:])
+    tensors = 7 if case.op == "cross_entropy" else 3
+    backward = (grad_output(case, loss), *arguments[:tensors], *saved, *arguments[tensors:])
+    if case.op == "cross_entropy":
+        backward = (*backward, 1.0, 1.0, 0.0, 0.0, [True, False])  # no options
     return {getattr(ops, case.op): arguments, forward: arguments, getattr(ops, f"{case.op}_backward"): backward}
 
 

@@ -27,6 +27,10 @@ OPS: dict[str, tuple[dict[str, Any], bool]] = {
     "cross_entropy": ({**_INDEX}, True),
     "cross_entropy, probabilities": ({**_PROBABILITIES}, True),
     "cross_entropy, probabilities and weights": ({**_PROBABILITIES}, False),
+    "cross_entropy, options": (
+        {"row_options": True, "ignored": "some", "weight": "positive", "label_smoothing": 0.2},
+        True,
+    ),
     "nll_loss": ({"op": "nll_loss", "weight": "positive", "ignored": "some"}, True),
     "log_softmax": ({"op": "log_softmax"}, True),
     "mse_loss": ({"op": "mse_loss", "target": "any_numbers", "weight": "positive"}, False),
@@ -52,8 +56,16 @@ def _case(op: str, shape: str) -> Case:
     return Case(f"{op} {shape}", _WHY, dtype=torch.float64, scale=1.0, **fields)
 
 
-@pytest.mark.parametrize("shape", _SHAPES)
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.replace(", ", "_").replace(" ", "_"))
+# Layouts and reductions change nothing of how options are transformed.
+_PAIRS = [
+    pytest.param(op, shape, id=f"{op.replace(', ', '_').replace(' ', '_')}-{shape}")
+    for op in OPS
+    for shape in _SHAPES
+    if not OPS[op][0].get("row_options") or shape in ("rows_mean", "planes_mean")
+]
+
+
+@pytest.mark.parametrize(("op", "shape"), _PAIRS)
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if not t.compiles], ids=str)
 def test_transform(transform: Transform, op: str, shape: str, device: str, record_property: Any) -> None:
     _check(transform, op, shape, device, record_property)

@@ -14,9 +14,11 @@ constexpr acc kLowest = -static_cast<acc>(__builtin_inf());
 
 // How the classes other than an index target's enter the loss.
 enum class Terms {
-  kNone,           // not at all
-  kUniform,        // a_c = ε / C: label smoothing of an index target
-  kWeighted,       // a_c = w_c ε / C: the same with weights
+  kNone,          // not at all
+  kUniform,       // a_c = ε / C: label smoothing of an index target
+  kWeighted,      // a_c = w_c ε / C: the same with weights
+  kAnySmoothing,  // a_c = w_c ε / C, with weights or without: in place of the two above where the logits are mapped,
+                  // for fewer instances
   kProbabilities,  // a_c = w_c ((1 - ε) p_c + ε / C)
   kMoment          // a_c = exp(x_c - max), which refers to the maximum too: Σ a (x - max) is the sum's first moment
 };
@@ -30,22 +32,270 @@ NLLX_INLINE Vec<acc> not_vanished(Vec<acc> v) {
   return select(v < kVanishing<acc>, broadcast(kVanishing<acc>), v);
 }
 
-// The coefficients a_c of the classes; `P` is the element type of the probabilities.
-template <typename acc, typename P>
+// ---- what the logits are compared by ----
+
+// tanh of K vectors, and with kSlope its derivative 1 - tanh². Not inlined into every loop, which would make the
+// compiled kernels twice as large. The float version is y + y³ p(y²) up to |y| = 1/2, beyond y P(y²) / Q(y²), both
+// fitted here: they minimise the largest relative error, which is at most 1.5e-8 but for roundings; from 8.7 on tanh
+// rounds to 1. Most logits are well below their softcap, and of K vectors of them the second is not computed; what
+// comes out of a lane does not depend on the others.
+template <int K, bool kSlope, typename acc>
+NLLX_APART void tanh_vecs(Vec<acc>* y, [[maybe_unused]] Vec<acc>* slope) {
+  if constexpr (sizeof(acc) == 8) {
+    for (int u = 0; u < K; ++u) {
+      for (int i = 0; i < kLanes<acc>; ++i) {
+        const double t = tanh(y[u][i]), c = cosh(y[u][i]);
+        y[u][i] = t;
+        if constexpr (kSlope) slope[u][i] = 1 / (c * c);
+      }
+    }
+  } else {
+    Vec<acc> s[K], small[K], p[K], q[K], e[K];
+    Mask<acc> any_large{};
+#define NLLX_EACH _Pragma("GCC unroll 8") for (int u = 0; u < K; ++u)
+    NLLX_EACH s[u] = y[u] * y[u];
+    NLLX_EACH small[u] = s[u] * 1.7241522997e-2f - 5.30455097815e-2f;
+    NLLX_EACH small[u] = small[u] * s[u] + 1.33258791904e-1f;
+    NLLX_EACH small[u] = small[u] * s[u] - 3.33331439064e-1f;
+    NLLX_EACH small[u] = (small[u] * s[u]) * y[u] + y[u];
+    NLLX_EACH any_large |= s[u] > 0.25f;
+    if constexpr (kSlope) NLLX_EACH slope[u] = acc(1) - small[u] * small[u];
+    if (any_lane(bit_cast<vec_i64>(any_large))) {
+      if constexpr (kSlope) {  // 1 - tanh² has no digits left where tanh is nearly 1
+        NLLX_EACH e[u] = acc(-2) * select(y[u] < acc(0), -y[u], y[u]);
+        exp_vecs<K>(e);
+        NLLX_EACH q[u] = reciprocal(acc(1) + e[u]);
+        NLLX_EACH slope[u] = select(s[u] > 0.25f, acc(4) * e[u] * (q[u] * q[u]), slope[u]);
+      }
+      NLLX_EACH y[u] = at_least(y[u], -8.7f);
+      NLLX_EACH y[u] = select(y[u] > 8.7f, broadcast(8.7f), y[u]);
+      NLLX_EACH s[u] = y[u] * y[u];
+      NLLX_EACH p[u] = s[u] * 1.38973120899e-8f + 2.0993878094e-5f;
+      NLLX_EACH q[u] = s[u] * 7.99647799756e-7f + 3.32366378722e-4f;
+      NLLX_EACH p[u] = p[u] * s[u] + 3.51875899925e-3f;
+      NLLX_EACH q[u] = q[u] * s[u] + 2.59649639788e-2f;
+      NLLX_EACH p[u] = p[u] * s[u] + 1.34004835525e-1f;
+      NLLX_EACH q[u] = q[u] * s[u] + 4.67338039956e-1f;
+      NLLX_EACH p[u] = p[u] * s[u] + 9.99999985601e-1f;
+      NLLX_EACH q[u] = q[u] * s[u] + 1.f;
+      NLLX_EACH small[u] = select(s[u] > 0.25f, (y[u] * p[u]) * reciprocal(q[u]), small[u]);
+    }
+    NLLX_EACH y[u] = small[u];
+#undef NLLX_EACH
+  }
+}
+
+// From a row's logits x to z = in x, or out tanh(in x) where they are capped. Of a row all lanes are alike; of a tile a
+// lane is a row.
+template <typename acc>
+struct LogitMap {
+  Vec<acc> in, out;
+  bool capped;
+};
+// K vectors of x become z; at(u) is the map of vector u.
+template <int K, typename acc, typename MapAt>
+NLLX_INLINE void map_vecs(Vec<acc>* v, const MapAt& at) {
+#pragma GCC unroll 8
+  for (int u = 0; u < K; ++u) v[u] = rounded(v[u] * at(u).in);
+  if (!at(0).capped) return;
+  tanh_vecs<K, false, acc>(v, nullptr);
+#pragma GCC unroll 8
+  for (int u = 0; u < K; ++u) v[u] = rounded(v[u] * at(u).out);
+}
+// …and slope dz / dx / in where they are capped, where it is not 1.
+template <int K, typename acc, typename MapAt>
+NLLX_INLINE void map_vecs(Vec<acc>* v, Vec<acc>* slope, const MapAt& at) {
+#pragma GCC unroll 8
+  for (int u = 0; u < K; ++u) v[u] = rounded(v[u] * at(u).in);
+  if (!at(0).capped) return;
+  tanh_vecs<K, true, acc>(v, slope);
+#pragma GCC unroll 8
+  for (int u = 0; u < K; ++u) {
+    v[u] = rounded(v[u] * at(u).out);
+    slope[u] *= at(u).out;
+  }
+}
+// Of one row; `per_scale`: the derivative of `in` with respect to its logit_scale.
+template <typename acc>
+struct RowMap {
+  acc in, out, per_scale;
+  bool capped;
+  NLLX_MEMBER_INLINE LogitMap<acc> vec() const { return {broadcast(in), broadcast(out), capped}; }
+};
+template <typename acc>
+NLLX_INLINE RowMap<acc> row_map(const RowOptions& o, int64_t row) {
+  const auto number = [&](const void* of, int64_t stride) {
+    return of ? static_cast<double>(static_cast<const acc*>(of)[row * stride]) : 1.;
+  };
+  const double sharpness = o.sharpness / number(o.temperature, o.temperature_stride);
+  const double per_scale = o.softcap != 0 ? o.scale / o.softcap : o.scale * sharpness;
+  return {static_cast<acc>(per_scale * number(o.logit_scale, o.logit_scale_stride)),
+          static_cast<acc>(o.softcap * sharpness), static_cast<acc>(per_scale), o.softcap != 0};
+}
+// Of a tile of rows.
+template <typename acc, bool kMapped>
+struct TileMap {
+  alignas(64) acc in[kTileRoom], out[kTileRoom], per_scale[kTileRoom];
+  bool capped;
+
+  NLLX_MEMBER_INLINE LogitMap<acc> at(int64_t i) const { return {load(in + i), load(out + i), capped}; }
+  NLLX_MEMBER_INLINE LogitMap<acc> of_row(int64_t i) const { return {broadcast(in[i]), broadcast(out[i]), capped}; }
+  __attribute__((noinline)) void begin(const RowOptions& o, int64_t row, int width) {
+    capped = o.softcap != 0;
+    const bool one_for_all = o.logit_scale_stride == 0 && o.temperature_stride == 0;
+    RowMap<acc> map = row_map<acc>(o, row);
+    for (int i = 0; i < width; ++i) {
+      if (!one_for_all) map = row_map<acc>(o, row + i);
+      in[i] = map.in;
+      out[i] = map.out;
+      per_scale[i] = map.per_scale;
+    }
+    // Vectors reach beyond the last row.
+    for (int i = width; i < width + kLanes<acc> && i < kTileRoom; ++i) in[i] = out[i] = per_scale[i] = acc(1);
+  }
+};
+template <typename acc>
+struct TileMap<acc, false> {
+  NLLX_MEMBER_INLINE LogitMap<acc> at(int64_t) const { return LogitMap<acc>(); }
+  NLLX_MEMBER_INLINE LogitMap<acc> of_row(int64_t) const { return LogitMap<acc>(); }
+  NLLX_MEMBER_INLINE void begin(const RowOptions&, int64_t, int) const {}
+};
+
+// K vectors of logits as they are compared: vector u is at p + u * step, with n lanes, of which the others are `fill`.
+template <bool kMapped, int K, typename T, typename acc, typename MapAt>
+NLLX_INLINE void load_logits(Vec<acc>* v, const T* p, int64_t step, int n, acc fill, const MapAt& at) {
+#pragma GCC unroll 8
+  for (int u = 0; u < K; ++u) v[u] = load_some(p + u * step, n, kMapped ? acc(0) : fill);
+  if constexpr (kMapped) {
+    map_vecs<K, acc>(v, at);
+    if (n == kLanes<acc>) return;
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) v[u] = select(first_lanes<acc>(n), v[u], broadcast(fill));
+  }
+}
+template <bool kMapped, typename T, typename acc>
+NLLX_INLINE Vec<acc> load_logits(const T* p, int n, acc fill, const LogitMap<acc>& map) {
+  Vec<acc> v;
+  load_logits<kMapped, 1>(&v, p, 0, n, fill, [&](int) -> const LogitMap<acc>& { return map; });
+  return v;
+}
+template <typename acc>
+NLLX_INLINE Vec<acc> mapped(Vec<acc> v, const LogitMap<acc>& map) {
+  map_vecs<1, acc>(&v, [&](int) -> const LogitMap<acc>& { return map; });
+  return v;
+}
+template <bool kMapped, typename T>
+NLLX_INLINE typename AccOf<T>::type logit_at(const T* p, const LogitMap<typename AccOf<T>::type>& map) {
+  if constexpr (!kMapped) return to_acc(*p);
+  return mapped(broadcast(to_acc(*p)), map)[0];
+}
+
+// K vectors of logits, and from a gradient with respect to z that with respect to them.
+template <int K, bool kMapped, typename acc>
+struct MappedLogits {
+  Vec<acc> x[K], slope[K];
+
+  // z - shift(u) from vector(u); at(u) is its map.
+  template <typename Load, typename MapAt, typename ShiftAt>
+  NLLX_MEMBER_INLINE void load(Vec<acc>* v, const Load& vector, const MapAt& at, const ShiftAt& shift) {
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) v[u] = x[u] = vector(u);
+    map_vecs<K, acc>(v, slope, at);
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) v[u] -= shift(u);
+  }
+  // Of the first n lanes what logit_scale gets is added to by_scale, if there is one, but for the factor per_scale.
+  NLLX_MEMBER_INLINE void differentiate(int u, int n, const LogitMap<acc>& map, Vec<acc>& g, Vec<acc>* by_scale) const {
+    if (map.capped) g *= slope[u];
+    if (by_scale) {
+      // A masked class has a gradient of 0, and the product with its logit none.
+      const Vec<acc> product = select(g == acc(0), Vec<acc>{}, g * x[u]);
+      *by_scale += n == kLanes<acc> ? product : select(first_lanes<acc>(n), product, Vec<acc>{});
+    }
+    g *= map.in;
+  }
+};
+template <int K, typename acc>
+struct MappedLogits<K, false, acc> {
+  template <typename Load, typename MapAt, typename ShiftAt>
+  NLLX_MEMBER_INLINE void load(Vec<acc>* v, const Load& vector, const MapAt&, const ShiftAt& shift) {
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) v[u] = vector(u) - shift(u);
+  }
+  NLLX_MEMBER_INLINE void differentiate(int, int, const LogitMap<acc>&, Vec<acc>&, Vec<acc>*) const {}
+};
+// Where dz / dx is one number of the row, and nobody asks for the sum that logit_scale gets, it goes into the factors
+// of the row, and nothing is left to differentiate.
+NLLX_INLINE bool folds_slope(const RowOptions& o, bool wants_scale_gradient) {
+  return o.softcap == 0 && !wants_scale_gradient;
+}
+// What a unit of work (a row, or a segment of one) gives to logit_scale.
+template <typename Problem>
+NLLX_INLINE void add_scale_gradient(const Problem& p, int64_t unit, double gradient, ChunkResult& result) {
+  result.scale_gradient += gradient;
+  if (p.grad_logit_scale) static_cast<double*>(p.grad_logit_scale)[unit] = gradient;
+}
+
+// ---- what multiplies a row's loss, and is added to it ----
+
+template <typename acc>
+NLLX_INLINE acc sample_weight_of(const RowOptions& o, int64_t row) {
+  return o.sample_weight ? static_cast<const acc*>(o.sample_weight)[row] : acc(1);
+}
+// Of a log-sum-exp; without the option nothing, even if that is infinite.
+template <typename acc>
+NLLX_INLINE acc z_loss_of(const RowOptions& o, acc logsumexp) {
+  return o.z_loss == 0 ? acc(0) : static_cast<acc>(o.z_loss) * logsumexp * logsumexp;
+}
+template <typename acc>
+NLLX_INLINE acc z_loss_slope_of(const RowOptions& o, acc logsumexp) {
+  return o.z_loss == 0 ? acc(0) : static_cast<acc>(2 * o.z_loss) * logsumexp;
+}
+
+// ---- the coefficients of the classes ----
+
+// The coefficients a_c of the classes; `P` is the element type of the probabilities. kMapped: the logits are not
+// compared as they are.
+template <typename acc, typename P, bool kMapped = false>
 struct ClassTerms {
   const P* probabilities;  // of this row (or of the first row of this tile)
   int64_t stride;          // between classes
   const acc* weight;       // null: all ones
   acc scale, uniform;      // 1 - ε, ε / C
 };
-
+// …and the map of a row.
 template <typename acc, typename P>
-ClassTerms<acc, P> class_terms(const Targets& t, const Extent& extent, int64_t outer, int64_t inner) {
+struct ClassTerms<acc, P, true> : ClassTerms<acc, P> {
+  LogitMap<acc> map;
+};
+
+template <typename acc, typename P, bool kMapped = false>
+ClassTerms<acc, P, kMapped> class_terms(const Targets& t, const Extent& extent, int64_t outer, int64_t inner) {
   const Strides& s = t.probability_strides;
   const P* p = static_cast<const P*>(t.probabilities);
-  return {p ? p + outer * s.outer + inner * s.inner : nullptr, s.classes, static_cast<const acc*>(t.weight),
-          static_cast<acc>(1. - t.label_smoothing),
-          static_cast<acc>(t.label_smoothing / static_cast<double>(extent.classes))};
+  ClassTerms<acc, P, kMapped> terms{};
+  terms.probabilities = p ? p + outer * s.outer + inner * s.inner : nullptr;
+  terms.stride = s.classes;
+  terms.weight = static_cast<const acc*>(t.weight);
+  terms.scale = static_cast<acc>(1. - t.label_smoothing);
+  terms.uniform = static_cast<acc>(t.label_smoothing / static_cast<double>(extent.classes));
+  return terms;
+}
+// …of a row.
+template <typename acc, typename P, bool kMapped>
+NLLX_INLINE ClassTerms<acc, P, kMapped> row_terms(const Targets& t, const Extent& extent, int64_t outer, int64_t inner,
+                                                  const RowOptions* options, int64_t row) {
+  auto terms = class_terms<acc, P, kMapped>(t, extent, outer, inner);
+  if constexpr (kMapped) terms.map = row_map<acc>(*options, row).vec();
+  return terms;
+}
+template <typename acc, typename P>
+NLLX_INLINE LogitMap<acc> map_of(const ClassTerms<acc, P, false>&) {
+  return LogitMap<acc>();
+}
+template <typename acc, typename P>
+NLLX_INLINE const LogitMap<acc>& map_of(const ClassTerms<acc, P, true>& terms) {
+  return terms.map;
 }
 
 // Σ a_c over all classes but for an index target's own term; not for probabilities.
@@ -53,6 +303,10 @@ template <Terms kTerms, typename acc, typename P>
 NLLX_INLINE acc smoothing_mass(const Targets& t, const ClassTerms<acc, P>& terms, int64_t classes) {
   if constexpr (kTerms == Terms::kUniform) return terms.uniform * static_cast<acc>(classes);
   if constexpr (kTerms == Terms::kWeighted) return terms.uniform * *static_cast<const acc*>(t.weight_sum);
+  if constexpr (kTerms == Terms::kAnySmoothing) {
+    const acc sum = terms.weight ? *static_cast<const acc*>(t.weight_sum) : static_cast<acc>(classes);
+    return terms.uniform * sum;
+  }
   return acc(0);
 }
 // a_c of one class, likewise.
@@ -60,6 +314,7 @@ template <Terms kTerms, typename acc, typename P>
 NLLX_INLINE acc smoothing_term(const ClassTerms<acc, P>& terms, int64_t c) {
   if constexpr (kTerms == Terms::kUniform) return terms.uniform;
   if constexpr (kTerms == Terms::kWeighted) return terms.uniform * terms.weight[c];
+  if constexpr (kTerms == Terms::kAnySmoothing) return terms.weight ? terms.uniform * terms.weight[c] : terms.uniform;
   return acc(0);
 }
 
@@ -138,11 +393,6 @@ NLLX_INLINE int64_t read_indices(const Index* from, int begin, int width, int64_
   return bad;
 }
 
-NLLX_INLINE bool any_lane(vec_i64 mask) {
-  int64_t any = 0;
-  for (int i = 0; i < static_cast<int>(sizeof mask / 8); ++i) any |= mask[i];
-  return any != 0;
-}
 // Whole vectors of int64 indices, the type that torch's losses take; returns how many rows were read.
 NLLX_INLINE int read_index_vectors(const int64_t* from, int width, int64_t ignore_index, int64_t classes,
                                    TileTargets<float>& s, bool& bad) {

@@ -9,8 +9,9 @@ namespace nllx {
 
 struct ChunkResult {
   double loss = 0;
-  double weight = 0;        // sum of the weights of the targets present; number of rows for probabilities
-  int64_t bad_target = -1;  // the first row whose index names no class
+  double weight = 0;          // sum of the weights of the targets present; number of rows for probabilities
+  int64_t bad_target = -1;    // the first row whose index names no class
+  double scale_gradient = 0;  // what the rows give to one logit_scale of all
 };
 
 // Sums over a segment of a row, see rows.inl.

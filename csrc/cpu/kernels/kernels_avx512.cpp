@@ -10,6 +10,7 @@
 #if !defined(__clang__)
 // GCC's own header passes an undefined vector where every lane is written (PR 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #define NLLX_CAPABILITY avx512
 #define NLLX_VECTOR_BYTES 64

@@ -32,7 +32,8 @@ void log_softmax_forward_planes(const LogSoftmaxForward& p, const Chunks& chunks
     const T* x = static_cast<const T*>(p.input) + tile.outer * p.input_strides.outer + tile.inner;
     T* y = static_cast<T*>(p.output) + tile.outer * p.output_strides.outer + tile.inner;
     sum_planes<Terms::kNone, false, T, acc, T>(x, x, p.input_strides.classes, p.extent.classes, tile.width,
-                                               ClassTerms<acc, T>{}, s, nullptr, nullptr, [](int64_t) {});
+                                               ClassTerms<acc, T>{}, TileMap<acc, false>(), s, nullptr, nullptr,
+                                               [](int64_t) {});
     NLLX_FOR_VECTORS(i, k, tile.width) store(s.sum + i, log_vec(load(s.sum + i)));
     for (int64_t c = 0; c < p.extent.classes; ++c) {
       const T* from = x + c * p.input_strides.classes;

@@ -18,7 +18,9 @@ constexpr double kSmallest<double> = -__DBL_MAX__;
 // The coefficients of class c of the vector of rows from i on, of which the first k exist.
 template <Terms kTerms, typename acc, typename P>
 NLLX_INLINE Vec<acc> tile_coefficients(const ClassTerms<acc, P>& t, int64_t c, int i, int k) {
-  if constexpr (kTerms == Terms::kWeighted) return broadcast(t.uniform * t.weight[c]);
+  if constexpr (kTerms == Terms::kWeighted || kTerms == Terms::kAnySmoothing) {
+    return broadcast(smoothing_term<kTerms>(t, c));
+  }
   Vec<acc> a = broadcast(t.uniform);
   if constexpr (kTerms == Terms::kProbabilities) {
     a += t.scale * load_some(t.probabilities + c * t.stride + i, k, acc(0));
@@ -49,11 +51,12 @@ NLLX_INLINE V with_rest(V sum, V rest) {
 
 // Adds K classes from c on, whose logits are x, to the sums of a tile, and keeps those of rows whose target they are
 // (looking them up later would read most of the tile from memory once more). `next` is prefetched.
-template <Terms kTerms, bool kTarget, int K, typename T, typename acc, typename P>
+template <Terms kTerms, bool kTarget, int K, typename T, typename acc, typename P, bool kMapped>
 NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t c, int width,
-                             const ClassTerms<acc, P>& terms, acc mass_before, TileSums<acc>& s,
-                             const TileTargets<acc>* targets, acc* target_logits) {
-  constexpr bool kScalarTerms = kTerms == Terms::kUniform || kTerms == Terms::kWeighted;
+                             const ClassTerms<acc, P>& terms, const TileMap<acc, kMapped>& map, acc mass_before,
+                             TileSums<acc>& s, const TileTargets<acc>* targets, acc* target_logits) {
+  constexpr bool kScalarTerms =
+      kTerms == Terms::kUniform || kTerms == Terms::kWeighted || kTerms == Terms::kAnySmoothing;
   const typename VecOf<acc>::integer number = class_in_window<acc>(c);
   const auto add = [&](int i, int k) __attribute__((always_inline)) {
     Vec<acc> v[K];
@@ -62,9 +65,10 @@ NLLX_INLINE void add_classes(const T* x, const T* next, int64_t stride, int64_t 
     Mask<acc> highest{};  // kMoment: the class of the maximum, the first of equal ones
     if constexpr (kTerms == Terms::kMoment) memcpy(&highest, s.mass + i, sizeof highest);
 #pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) prefetch(next + u * stride + i);
+    load_logits<kMapped, K>(v, x + i, stride, k, acc(0), [&](int) __attribute__((always_inline)) { return map.at(i); });
+#pragma GCC unroll 4
     for (int u = 0; u < K; ++u) {
-      prefetch(next + u * stride + i);
-      v[u] = load_some(x + u * stride + i, k, acc(0));
       if constexpr (kTerms == Terms::kMoment) highest = select(v[u] > max, Mask<acc>{} + (number + u), highest);
       max = max_not_nan(max, v[u]);
     }
@@ -170,10 +174,10 @@ NLLX_INLINE void end_block(int width, acc mass_before, TileSums<acc>& s, BlockTo
 }
 
 // The sums of a tile. x: the logits of class 0; next: those of the tile that comes next.
-template <Terms kTerms, bool kTarget, typename T, typename acc, typename P, typename F>
+template <Terms kTerms, bool kTarget, typename T, typename acc, typename P, bool kMapped, typename F>
 NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t classes, int width,
-                            const ClassTerms<acc, P>& terms, TileSums<acc>& s, TileTargets<acc>* targets,
-                            acc* target_logits, const F& next_window) {
+                            const ClassTerms<acc, P>& terms, const TileMap<acc, kMapped>& map, TileSums<acc>& s,
+                            TileTargets<acc>* targets, acc* target_logits, const F& next_window) {
   NLLX_FOR_VECTORS(i, k, width) {
     store(s.max + i, broadcast(kSmallest<acc>));
     store(s.sum + i, Vec<acc>{});
@@ -193,8 +197,8 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     const acc mass_before = static_cast<acc>(block_mass);
     if (kTarget && starts_a_window<acc>(c)) next_window(c);
     const auto add = [&](auto count) __attribute__((always_inline)) {
-      add_classes<kTerms, kTarget, decltype(count)::value, T, acc, P>(xc, then, stride, c, width, terms, mass_before, s,
-                                                                      targets, target_logits);
+      add_classes<kTerms, kTarget, decltype(count)::value, T, acc, P>(xc, then, stride, c, width, terms, map,
+                                                                      mass_before, s, targets, target_logits);
     };
     if (n == kTogether) {
       add(Count<kTogether>{});
@@ -205,7 +209,7 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
     }
     if constexpr (kTerms == Terms::kUniform) {
       block_mass = static_cast<double>(terms.uniform) * static_cast<double>(c % kClassBlock + n);
-    } else if constexpr (kTerms == Terms::kWeighted) {
+    } else if constexpr (kTerms == Terms::kWeighted || kTerms == Terms::kAnySmoothing) {
       for (int u = 0; u < n; ++u) block_mass += static_cast<double>(smoothing_term<kTerms>(terms, c + u));
     }
     c += n;
@@ -237,12 +241,13 @@ NLLX_INLINE void sum_planes(const T* x, const T* next, int64_t stride, int64_t c
   }
 }
 
-template <typename T, Terms kTerms, typename P>
+template <typename T, Terms kTerms, typename P, bool kMapped>
 void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
                                   ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   TileSums<acc> s;
   TileTargets<acc> targets;
+  TileMap<acc, kMapped> map;
   alignas(64) acc target_logits[kTile];
   const int64_t stride = p.logits_strides.classes;
   for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
@@ -251,8 +256,9 @@ void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& ch
     const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, tile.outer, tile.inner);
     constexpr bool kTarget = kTerms != Terms::kProbabilities;
     if constexpr (kTarget) read_targets(p.targets, p.extent.classes, tile.row, tile.width, targets, result);
+    if constexpr (kMapped) map.begin(*p.options, tile.row, tile.width);
     sum_planes<kTerms, kTarget, T, acc, P>(
-        x, x + kTile, stride, p.extent.classes, tile.width, terms, s, &targets, target_logits,
+        x, x + kTile, stride, p.extent.classes, tile.width, terms, map, s, &targets, target_logits,
         [&](int64_t c) { read_window(p.targets, p.extent.classes, tile.row, tile.width, c, targets, result); });
     finish_forward_tile<T, kTerms>(p, tile.row, tile.width, terms.scale, targets, target_logits, s, result);
   }
@@ -261,20 +267,23 @@ void cross_entropy_forward_planes(const CrossEntropyForward& p, const Chunks& ch
 // ---- backward ----
 
 // The gradient of class c of a tile; it may lie over the logits x. `next` is prefetched.
-template <Terms kTerms, typename T, typename acc, typename P>
+template <Terms kTerms, typename T, typename acc, typename P, bool kMapped>
 NLLX_INLINE void gradient_of_class(bool streamed, const T* x, const T* next, int64_t c, int width,
-                                   const ClassTerms<acc, P>& terms, const TileTargets<acc>& targets,
-                                   const TileGradient<acc>& s, T* grad) {
+                                   const ClassTerms<acc, P>& terms, const TileMap<acc, kMapped>& map,
+                                   const TileTargets<acc>& targets, const TileGradient<acc>& s, T* grad,
+                                   bool differentiates, acc* by_scale) {
   constexpr bool kIndex = kTerms != Terms::kProbabilities;
   const typename VecOf<acc>::integer number = class_in_window<acc>(c);
   const auto value = [&](auto count, int64_t first, int k, Vec<acc>* g) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value, L = kLanes<acc>;
-#pragma GCC unroll 8
-    for (int u = 0; u < K; ++u) {
-      const int64_t i = first + u * L;
-      prefetch(next + i);
-      g[u] = load_some(x + i, lanes_of<acc>(count, u, k), acc(0)) - load(s.max + i);
-    }
+    [[maybe_unused]] MappedLogits<K, kMapped, acc> logits;
+    const auto vector = [&](int u) __attribute__((always_inline)) {
+      prefetch(next + first + u * L);
+      return load_some(x + first + u * L, lanes_of<acc>(count, u, k), acc(0));
+    };
+    logits.load(
+        g, vector, [&](int u) __attribute__((always_inline)) { return map.at(first + u * L); },
+        [&](int u) __attribute__((always_inline)) { return load(s.max + first + u * L); });
     exp_vecs<K>(g);
 #pragma GCC unroll 8
     for (int u = 0; u < K; ++u) {
@@ -291,19 +300,31 @@ NLLX_INLINE void gradient_of_class(bool streamed, const T* x, const T* next, int
         Mask<acc> index;
         memcpy(&index, targets.index + i, sizeof index);
         g[u] -= select(index == number, load(s.at_target + i), Vec<acc>{});
+        if (kMapped && differentiates) {
+          Vec<acc> sum{};
+          logits.differentiate(u, lanes_of<acc>(count, u, k), map.at(i), g[u], by_scale ? &sum : nullptr);
+          if (by_scale) store(by_scale + i, load(by_scale + i) + sum);
+        }
         g[u] = select(index >= 0, g[u], Vec<acc>{});  // also where the logit is NaN
+      } else if (kMapped && differentiates) {
+        Vec<acc> sum{};
+        logits.differentiate(u, lanes_of<acc>(count, u, k), map.at(i), g[u], by_scale ? &sum : nullptr);
+        if (by_scale) store(by_scale + i, load(by_scale + i) + sum);
       }
     }
   };
   write_row(streamed, grad, 0, width, value);
 }
 
-template <typename T, Terms kTerms, typename P>
+template <typename T, Terms kTerms, typename P, bool kMapped>
 void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
                                    ChunkResult& result) {
   using acc = typename AccOf<T>::type;
   TileGradient<acc> s;
   TileTargets<acc> targets;
+  TileMap<acc, kMapped> map;
+  TileScaleGradient<acc, kMapped> by_scale;
+  const bool has_scale_gradient = kMapped && p.wants_scale_gradient();
   // Lanes beyond the width of a tile are computed too, and dropped.
   memset(&s, 0, sizeof s);
   const int64_t classes = p.extent.classes, stride = p.logits_strides.classes, grad_stride = p.grad_strides.classes;
@@ -327,14 +348,26 @@ void cross_entropy_backward_planes(const CrossEntropyBackward& p, const Chunks& 
       read_targets(p.targets, classes, tile.row, tile.width, targets, result);
     }
     begin_backward_tile<kTerms>(p, tile.row, tile.width, terms, targets, s);
+    bool differentiates = false;
+    if constexpr (kMapped) {
+      map.begin(*p.options, tile.row, tile.width);
+      differentiates = !folds_slope(*p.options, has_scale_gradient);
+      if (!differentiates) fold_slope(map, tile.width, s);
+    }
+    if (has_scale_gradient) by_scale.begin(tile.width);
     for (int64_t c = 0; c < classes; ++c) {
       const T* xc = x + c * stride;
       const T* next = c + 1 < classes ? xc + stride : x + kTile;
       if (kTerms != Terms::kProbabilities && starts_a_window<acc>(c)) {
         read_window(p.targets, classes, tile.row, tile.width, c, targets, result);
       }
-      gradient_of_class<kTerms, T, acc, P>(chunks.stream, xc, next, c, tile.width, terms, targets, s,
-                                           grad + c * grad_stride);
+      gradient_of_class<kTerms, T, acc, P>(chunks.stream, xc, next, c, tile.width, terms, map, targets, s,
+                                           grad + c * grad_stride, differentiates,
+                                           has_scale_gradient ? by_scale.block : nullptr);
+      if (has_scale_gradient && c % kClassBlock == kClassBlock - 1) by_scale.end_block(tile.width);
+    }
+    if (has_scale_gradient) {
+      by_scale.end(p, tile.row, tile.width, map, kTerms == Terms::kProbabilities ? nullptr : targets.index, result);
     }
   }
   if (chunks.stream) end_stream();

@@ -177,14 +177,16 @@ NLLX_APART void tile_to_rows(bool streamed, const acc* tile, T* rows, int64_t ro
 }
 
 // The sums of the vector of rows from i on, and the logits of their targets.
-template <Terms kTerms, typename acc, typename P>
-NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<acc, P>& terms, TileSums<acc>& s,
-                         const TileTargets<acc>* targets = nullptr, acc* target_logits = nullptr) {
+template <Terms kTerms, typename acc, typename P, bool kMapped = false>
+NLLX_INLINE void sum_few(acc* tile, int classes, int i, const ClassTerms<acc, P>& terms, TileSums<acc>& s,
+                         const TileTargets<acc>* targets = nullptr, acc* target_logits = nullptr,
+                         const TileMap<acc, kMapped>& map = TileMap<acc, kMapped>()) {
   Vec<acc> max = broadcast(kLowest<acc>), sum{}, dot{}, target{};
   Mask<acc> index{};
   if (targets) memcpy(&index, targets->index + i, sizeof index);
   for (int c = 0; c < classes; ++c) {
-    const Vec<acc> v = load(tile + c * kGroup + i);
+    Vec<acc> v = load(tile + c * kGroup + i);
+    if constexpr (kMapped) store(tile + c * kGroup + i, v = mapped(v, map.at(i)));
     max = max_not_nan(max, v);
     if (targets) target = select(index == static_cast<typename VecOf<acc>::integer>(c), v, target);
   }
@@ -194,7 +196,7 @@ NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<a
     const Vec<acc> d = load(tile + c * kGroup + i) - max;
     sum += exp_vec(d);
     if constexpr (kTerms == Terms::kUniform) dot += terms.uniform * d;
-    if constexpr (kTerms == Terms::kWeighted) {
+    if constexpr (kTerms == Terms::kWeighted || kTerms == Terms::kAnySmoothing) {
       dot += weighted_vec<acc>(broadcast(smoothing_term<kTerms>(terms, c)), d);
     }
     mass += smoothing_term<kTerms>(terms, c);
@@ -207,20 +209,29 @@ NLLX_INLINE void sum_few(const acc* tile, int classes, int i, const ClassTerms<a
 }
 
 // The gradient of the vector of rows from i on, over their logits.
-template <Terms kTerms, typename acc, typename P>
+template <Terms kTerms, typename acc, typename P, bool kMapped>
 NLLX_INLINE void gradient_of_few(acc* tile, int classes, int i, const ClassTerms<acc, P>& terms,
-                                 const TileTargets<acc>& targets, const TileGradient<acc>& s) {
+                                 const TileMap<acc, kMapped>& map, const TileTargets<acc>& targets,
+                                 const TileGradient<acc>& s, bool differentiates, acc* by_scale) {
   const Vec<acc> max = load(s.max + i), factor = load(s.factor + i), at_target = load(s.at_target + i);
   Mask<acc> index;
   memcpy(&index, targets.index + i, sizeof index);
   const Mask<acc> counts = index >= 0;
+  Vec<acc> scale_sum{};
   for (int c = 0; c < classes; ++c) {
     acc* x = tile + c * kGroup + i;
     const Vec<acc> target_term = select(index == static_cast<typename VecOf<acc>::integer>(c), at_target, Vec<acc>{});
-    Vec<acc> g = factor * exp_vec(load(x) - max) - target_term;
+    MappedLogits<1, kMapped, acc> logits;
+    Vec<acc> v;
+    logits.load(&v, [&](int) { return load(x); }, [&](int) { return map.at(i); }, [&](int) { return max; });
+    Vec<acc> g = factor * exp_vec(v) - target_term;
     if constexpr (kTerms != Terms::kNone) g -= load(s.k + i) * smoothing_term<kTerms>(terms, c);
+    if (kMapped && differentiates) {
+      logits.differentiate(0, kLanes<acc>, map.at(i), g, by_scale ? &scale_sum : nullptr);
+    }
     store(x, select(counts, g, Vec<acc>{}));
   }
+  if (by_scale) store(by_scale + i, scale_sum);
 }
 
 // ---- the kernels ----
@@ -239,7 +250,7 @@ NLLX_INLINE void gradients_at_targets(const T* x, int64_t row_stride, int i, int
   store(result, g);
 }
 
-template <typename T, Terms kTerms, typename P>
+template <typename T, Terms kTerms, typename P, bool kMapped>
 void cross_entropy_forward_short_rows(const CrossEntropyForward& p, const Chunks& chunks, int64_t chunk,
                                       ChunkResult& result) {
   using acc = typename AccOf<T>::type;
@@ -248,22 +259,24 @@ void cross_entropy_forward_short_rows(const CrossEntropyForward& p, const Chunks
   alignas(64) acc target_logits[kGroup];
   TileSums<acc> s;
   TileTargets<acc> targets;
+  TileMap<acc, kMapped> map;
   const int64_t row_stride = row_step(p.extent, p.logits_strides);
   const int64_t probability_stride = row_step(p.extent, p.targets.probability_strides);
   const int classes = static_cast<int>(p.extent.classes);
-  const bool few = kTerms != Terms::kProbabilities && has_few_classes(classes);
+  const bool few = kMapped || (kTerms != Terms::kProbabilities && has_few_classes(classes));
   for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup, [&](int64_t row, const Row& r, int width) {
     const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
     const ClassTerms<acc, P> terms = class_terms<acc, P>(p.targets, p.extent, r.outer, r.inner);
     if constexpr (kTerms != Terms::kProbabilities) {
       read_targets(p.targets, classes, row, width, targets, result);
     }
+    if constexpr (kMapped) map.begin(*p.options, row, width);
     if (few) {
       rows_to_tile(x, row_stride, classes, width, tile);
       for (int i = 0; i < width; i += L) {
-        sum_few<kTerms>(tile, classes, i, terms, s, &targets, target_logits);
+        sum_few<kTerms, acc, P>(tile, classes, i, terms, s, &targets, target_logits, map);
       }
-    } else {
+    } else if constexpr (!kMapped) {
       for (int i = 0; i < width; i += L) {
         ClassTerms<acc, P> from = terms;
         if constexpr (kTerms == Terms::kProbabilities) from.probabilities += i * probability_stride;
@@ -278,7 +291,7 @@ void cross_entropy_forward_short_rows(const CrossEntropyForward& p, const Chunks
   });
 }
 
-template <typename T, Terms kTerms, typename P>
+template <typename T, Terms kTerms, typename P, bool kMapped>
 void cross_entropy_backward_short_rows(const CrossEntropyBackward& p, const Chunks& chunks, int64_t chunk,
                                        ChunkResult& result) {
   using acc = typename AccOf<T>::type;
@@ -290,11 +303,13 @@ void cross_entropy_backward_short_rows(const CrossEntropyBackward& p, const Chun
   alignas(64) acc at_target[L] = {};
   TileGradient<acc> s;
   TileTargets<acc> targets;
+  TileMap<acc, kMapped> map;
+  TileScaleGradient<acc, kMapped> by_scale;
   memset(&s, 0, sizeof s);
   const int64_t row_stride = row_step(p.extent, p.logits_strides), grad_stride = row_step(p.extent, p.grad_strides);
   const int64_t probability_stride = row_step(p.extent, p.targets.probability_strides);
   const int classes = static_cast<int>(p.extent.classes);
-  const bool few = kTerms != Terms::kProbabilities && has_few_classes(classes);
+  const bool few = kMapped || (kTerms != Terms::kProbabilities && has_few_classes(classes));
   const bool stream = chunks.stream && grad_stride == classes;
   for_each_run(p.extent, chunks.begin(chunk), chunks.end(chunk), kGroup, [&](int64_t row, const Row& r, int width) {
     const T* x = static_cast<const T*>(p.logits) + r.offset(p.logits_strides);
@@ -304,17 +319,29 @@ void cross_entropy_backward_short_rows(const CrossEntropyBackward& p, const Chun
     if constexpr (kTerms == Terms::kProbabilities) {
       for (int i = 0; i < width; ++i) {
         terms.probabilities = probabilities + i * probability_stride;
-        s.at_target[i] = probability_mass(terms, classes);
+        s.at_target[i] = probability_mass<acc, P>(terms, classes);
       }
     } else {
       read_targets(p.targets, classes, row, width, targets, result);
     }
-    begin_backward_tile<kTerms>(p, row, width, terms, targets, s);
+    begin_backward_tile<kTerms, acc, P>(p, row, width, terms, targets, s);
+    bool differentiates = false;
+    if constexpr (kMapped) {
+      map.begin(*p.options, row, width);
+      differentiates = !folds_slope(*p.options, p.wants_scale_gradient());
+      if (!differentiates) fold_slope(map, width, s);
+    }
     if (few) {
+      if (p.wants_scale_gradient()) by_scale.begin(width);
       rows_to_tile(x, row_stride, classes, width, tile);
-      for (int i = 0; i < width; i += L) gradient_of_few<kTerms>(tile, classes, i, terms, targets, s);
+      for (int i = 0; i < width; i += L) {
+        gradient_of_few<kTerms, acc, P>(tile, classes, i, terms, map, targets, s, differentiates,
+                                        kMapped && p.wants_scale_gradient() ? by_scale.block : nullptr);
+      }
+      if (p.wants_scale_gradient()) by_scale.end(p, row, width, map, targets.index, result);
       return tile_to_rows(stream, static_cast<const acc*>(tile), grad, grad_stride, classes, width);
     }
+    if constexpr (kMapped) return;
     for (int first = 0; first < width; first += kStaged) {
       const int rows = width - first < kStaged ? width - first : kStaged;
       T* to = grad + first * grad_stride;
@@ -334,7 +361,7 @@ void cross_entropy_backward_short_rows(const CrossEntropyBackward& p, const Chun
           memset(g, 0, sizeof(T) * static_cast<size_t>(classes));
           continue;
         }
-        const RowGradient<kTerms, T, acc, P> value(row_x, s.max[i], s.factor[i], s.k[i], terms);
+        const RowGradient<kTerms, T, acc, P, false> value(row_x, s.max[i], s.factor[i], s.k[i], terms);
         for_vectors<kTogether, acc>(0, classes, [&](auto count, int64_t c, int n) __attribute__((always_inline)) {
           constexpr int K = decltype(count)::value;
           Vec<acc> v[K];

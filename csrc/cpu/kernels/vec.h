@@ -451,10 +451,36 @@ NLLX_INLINE V fused_minus(V a, V b, V c) {
 }
 #endif
 
+// v as it is: a product that is not fused into the sum that it is a term of, but rounded as wherever else it is used.
+template <typename V>
+NLLX_INLINE V rounded(V v) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#elif NLLX_VECTOR_BYTES == 64
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__) || defined(_M_X64)
+  __asm__("" : "+x"(v));
+#endif
+  return v;
+}
+
 template <typename V, typename M>
 NLLX_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
+
+// 1 / x for x of ordinary size, to about half a rounding.
+template <typename V>
+NLLX_INLINE V reciprocal(V x) {
+  return 1 / x;
+}
+#if NLLX_VECTOR_BYTES == 64
+NLLX_INLINE Vec<float> reciprocal(
+    Vec<float> x) {  // by a step of Newton's; a division takes as long as the rest of a tanh
+  const Vec<float> r = bit_cast<Vec<float>>(_mm512_rcp14_ps(bit_cast<__m512>(x)));
+  return r + r * (1.f - x * r);
+}
+#endif
 
 // The larger, where a NaN in `b` loses: the maximum only shifts the exponentials, and the NaN shows in their sum.
 template <typename V>
@@ -632,6 +658,15 @@ NLLX_INLINE Vec<double> load_doubles(const float* p) {
 NLLX_INLINE Vec<double> load_doubles(const double* p) { return load(p); }
 
 typedef int64_t vec_i64 __attribute__((vector_size(NLLX_VECTOR_BYTES)));
+NLLX_INLINE bool any_lane(vec_i64 mask) {
+#if NLLX_VECTOR_BYTES == 64
+  return _mm512_test_epi64_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+#elif NLLX_VECTOR_BYTES == 32
+  return _mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask)) == 0;
+#else
+  return (mask[0] | mask[1]) != 0;
+#endif
+}
 // The low 32 bits of the integers in a and b.
 NLLX_INLINE Mask<float> low_halves(vec_i64 a, vec_i64 b) {
   Vec<float> low = bit_cast<Vec<float>>(a), high = bit_cast<Vec<float>>(b);

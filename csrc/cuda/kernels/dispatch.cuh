@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "elements.cuh"
+#include "plan.h"
 
 namespace nllx {
 
@@ -50,5 +51,21 @@ inline dim3 grid_of(int64_t blocks, int cluster = 1) {
   return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }
 inline dim3 block_of(int threads) { return dim3(static_cast<unsigned>(threads)); }
+
+// Of kernels of one plan alone. The threads of a row: as many as have a few vectors each, up to a warp, or the block.
+inline int threads_of_row(int64_t classes, int element_bytes) {
+  const int64_t vectors = classes * element_bytes / 16;
+  int threads = 1;
+  while (threads < 32 && threads * kVectorsAtOnce < vectors) threads *= 2;
+  return vectors > 32 * kVectorsAtOnce * 2 ? kStatisticsThreads : threads;
+}
+
+inline dim3 grid_for_rows(const Extent& extent, Layout layout, int threads_per_row) {
+  if (layout == Layout::kPlanes) {
+    return grid_of(extent.outer * ((extent.inner + kStatisticsThreads - 1) / kStatisticsThreads));
+  }
+  const int rows_at_once = kStatisticsThreads / threads_per_row;
+  return grid_of((extent.rows() + rows_at_once - 1) / rows_at_once);
+}
 
 }  // namespace nllx

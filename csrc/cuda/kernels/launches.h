@@ -58,6 +58,12 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, FloatTy
 cudaError_t launch_cross_entropy_value_and_grad(const CrossEntropyForward& p, const CrossEntropyBackward& gradient,
                                                 const LossReduction& r, FloatType type, const CudaDevice& device,
                                                 void* mass, BadTarget* bad, cudaStream_t stream);
+// With the options of the problem, of which these kernels know alone. p.row_loss, one per row, is not null; row_weight,
+// acc, is what each adds to the divisor of a mean, or null.
+cudaError_t launch_cross_entropy_options_forward(const CrossEntropyForward& p, void* row_weight, FloatType type,
+                                                 BadTarget* bad, cudaStream_t stream);
+cudaError_t launch_cross_entropy_options_backward(const CrossEntropyBackward& p, FloatType type, BadTarget* bad,
+                                                  cudaStream_t stream);
 cudaError_t launch_nll_loss_forward(const NllLossForward& p, const LossReduction& r, FloatType type, BadTarget* bad,
                                     cudaStream_t stream);
 cudaError_t launch_nll_loss_backward(const NllLossBackward& p, FloatType type, const CudaDevice& device, BadTarget* bad,

@@ -1,7 +1,7 @@
 // Statistics of the softmax in one read of the logits, and their gradient in one read and one write.
 #pragma once
 
-#include "cross_entropy_planes.cuh"
+#include "row_options.cuh"
 
 namespace nllx {
 
@@ -125,7 +125,8 @@ __device__ __forceinline__ void spoil_statistics(const SoftmaxStatisticsForward&
 // bytes at a time at any alignment. Precondition: class stride 1.
 template <typename T>
 __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
-    softmax_statistics_rows_kernel(SoftmaxStatisticsForward p, int threads_per_row, BadTarget* bad) {
+    softmax_statistics_rows_kernel(SoftmaxStatisticsForward p, KernelOptions<typename AccOf<T>::type> options,
+                                   int threads_per_row, BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   constexpr int kSize = Vector<T>::kSize, kAtOnce = kVectorsAtOnce / 2;
   SHARED_ARRAY(MomentState<acc>, states, kStatisticsThreads / 32);
@@ -143,15 +144,23 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
       int64_t outer, inner;
       split_row(p.extent, row, outer, inner);
       const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
-      if (y.index >= 0) target_logit = to_acc(x[y.index]);
+      const LogitMap<acc> map(options, row);
+      if (y.index >= 0) target_logit = map(to_acc(x[y.index]));
       ClassReader<T, kAtOnce> reader(x, p.extent.classes, t, threads_per_row);
       reader.each(
-          [&](int64_t c, T value) { s.template add<1>([&](int) { return to_acc(value); }, [&](int) { return c; }); },
+          [&](int64_t c, T value) {
+            const acc z = map(to_acc(value));
+            s.template add<1>([&](int) { return z; }, [&](int) { return c; });
+          },
           [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
 #pragma unroll
             for (int j = 0; j < kAtOnce; ++j) {
               const int64_t at = c + j * step;
-              if (at < tail) s.template add<kSize>([&](int i) { return vectors[j][i]; }, [&](int i) { return at + i; });
+              if (at >= tail) continue;
+              acc z[kSize];
+#pragma unroll
+              for (int i = 0; i < kSize; ++i) z[i] = map(vectors[j][i]);
+              s.template add<kSize>([&](int i) { return z[i]; }, [&](int i) { return at + i; });
             }
           });
     }
@@ -173,7 +182,8 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
 // Unit of work: kStatisticsThreads neighbouring rows of one plane, a thread each.
 template <typename T>
 __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
-    softmax_statistics_planes_kernel(SoftmaxStatisticsForward p, BadTarget* bad) {
+    softmax_statistics_planes_kernel(SoftmaxStatisticsForward p, KernelOptions<typename AccOf<T>::type> options,
+                                     BadTarget* bad) {
   using acc = typename AccOf<T>::type;
   constexpr int kAtOnce = kPlaneClassesAtOnce, kBlock = 64;
   const PlaneTile where(p.extent, kStatisticsThreads, 1);
@@ -188,7 +198,8 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
     MomentState<acc> s = MomentState<acc>::empty();
     acc target_logit = 0;
     if (y.counts) {
-      if (y.index >= 0) target_logit = to_acc(x[y.index * stride]);
+      const LogitMap<acc> map(options, row);
+      if (y.index >= 0) target_logit = map(to_acc(x[y.index * stride]));
       for (int64_t first = 0; first < classes; first += kBlock) {  // in blocks: fewer additions to a large sum
         const int64_t end = classes - first < kBlock ? classes : first + kBlock;
         MomentState<acc> block = MomentState<acc>::empty();
@@ -196,7 +207,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
           acc values[kAtOnce];
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j)
-            values[j] = start + j < end ? to_acc(x[(start + j) * stride]) : to_acc(minus_infinity_of<T>());
+            values[j] = start + j < end ? map(to_acc(x[(start + j) * stride])) : to_acc(minus_infinity_of<T>());
           block.template add<kAtOnce>([&](int i) { return values[i]; }, [&](int i) { return start + i; });
         }
         s.merge(block);
@@ -207,7 +218,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(2, 2, 1))
   }
 }
 
-// The gradient of a row: p (α + β (x - m)) + γ [c = y].
+// The gradient of a row's z: p (α + β (z - m)) + γ [c = y].
 template <typename T>
 struct StatisticsGradient {
   using acc = typename AccOf<T>::type;
@@ -233,53 +244,51 @@ struct StatisticsGradient {
     gamma = log_prob;
   }
 
-  __device__ __forceinline__ acc beside_target(acc x) const {
-    const acc shifted = x - max;
+  __device__ __forceinline__ acc at_target() const { return gamma; }
+  __device__ __forceinline__ acc beside_target(acc z, int64_t) const {
+    const acc shifted = z - max;
     const acc g = exp_of_many(shifted) * (alpha + beta * MomentState<acc>::not_vanished(shifted));
     return counts ? g : acc(0);
   }
-  __device__ __forceinline__ acc operator()(acc x, int64_t c) const {
-    return beside_target(x) + (counts && c == target ? gamma : acc(0));
+  __device__ __forceinline__ acc operator()(acc z, int64_t c) const {
+    return beside_target(z, c) + (counts && c == target ? gamma : acc(0));
   }
 };
 
 // Units of work as above.
 template <typename T>
 __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(3, 3, 2))
-    softmax_statistics_backward_rows_kernel(SoftmaxStatisticsBackward p, int threads_per_row, BadTarget* bad) {
-  constexpr int kSize = Vector<T>::kSize, kAtOnce = sizeof(T) == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
+    softmax_statistics_backward_rows_kernel(SoftmaxStatisticsBackward p, KernelOptions<typename AccOf<T>::type> options,
+                                            int threads_per_row, BadTarget* bad) {
+  using acc = typename AccOf<T>::type;
+  constexpr int kAtOnce = sizeof(T) == 8 ? kVectorsAtOnce / 2 : kVectorsAtOnce;
+  SHARED_ARRAY(acc, scratch, kStatisticsThreads / 32);
   const int t = threadIdx.x % threads_per_row, rows_at_once = kStatisticsThreads / threads_per_row;
   const int64_t rows = p.extent.rows();
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_at_once; first < rows;
        first += static_cast<int64_t>(gridDim.x) * rows_at_once) {
     const int64_t row = first + threadIdx.x / threads_per_row;
-    if (row >= rows) continue;
-    int64_t outer, inner;
-    split_row(p.extent, row, outer, inner);
-    const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
-    T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
-    ClassReader<T, kAtOnce> reader(x, p.extent.classes, t, threads_per_row);
-    const StatisticsGradient<T> gradient(p, row, t == 0, bad);
-    const bool aligned = elements_past_boundary(x) == elements_past_boundary(grad);
-    reader.each([&](int64_t c, T value) { grad[c] = from_acc<T>(gradient(to_acc(value), c)); },
-                [&](int64_t c, int step, int64_t tail, const Vector<T>* vectors) {
-#pragma unroll
-                  for (int j = 0; j < kAtOnce; ++j) {
-                    const int64_t at = c + j * step;
-                    const Vector<T> out = Vector<T>::of([&](int i) { return gradient.beside_target(vectors[j][i]); });
-                    if (at < tail) store_whole_vector(grad + at, out, aligned);
-                  }
-                });
-    // Once for the row, and not in each vector.
-    if (gradient.counts && gradient.target >= 0 && reader.takes(gradient.target)) {
-      grad[gradient.target] = from_acc<T>(gradient(to_acc(x[gradient.target]), gradient.target));
+    acc by_scale = 0;
+    if (row < rows) {
+      int64_t outer, inner;
+      split_row(p.extent, row, outer, inner);
+      const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner * p.logits_strides.inner;
+      T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner * p.grad_strides.inner;
+      const StatisticsGradient<T> gradient(p, row, t == 0, bad);
+      const LogitMap<acc> map(options, row);
+      by_scale = write_row_gradient<T, kAtOnce>(x, grad, p.extent.classes, t, threads_per_row, map, gradient);
     }
+    if (!p.grad_logit_scale) continue;
+    by_scale = sum_of_row(by_scale, threads_per_row, scratch);
+    if (row < rows && t == 0) static_cast<acc*>(p.grad_logit_scale)[row] = by_scale;
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(3, 3, 2))
-    softmax_statistics_backward_planes_kernel(SoftmaxStatisticsBackward p, BadTarget* bad) {
+    softmax_statistics_backward_planes_kernel(SoftmaxStatisticsBackward p,
+                                              KernelOptions<typename AccOf<T>::type> options, BadTarget* bad) {
+  using acc = typename AccOf<T>::type;
   const PlaneTile where(p.extent, kStatisticsThreads, 1);
   for (int64_t tile = blockIdx.x; tile < where.tiles; tile += gridDim.x) {
     int64_t outer, inner;
@@ -287,11 +296,12 @@ __global__ void __launch_bounds__(kStatisticsThreads, resident<T>(3, 3, 2))
     if (inner >= p.extent.inner) continue;
     const T* x = static_cast<const T*>(p.logits) + outer * p.logits_strides.outer + inner;
     T* grad = static_cast<T*>(p.grad_logits) + outer * p.grad_strides.outer + inner;
-    const StatisticsGradient<T> gradient(p, outer * p.extent.inner + inner, true, bad);
-#pragma unroll 4
-    for (int64_t c = 0; c < p.extent.classes; ++c) {
-      grad[c * p.grad_strides.classes] = from_acc<T>(gradient(to_acc(x[c * p.logits_strides.classes]), c));
-    }
+    const int64_t row = outer * p.extent.inner + inner;
+    const StatisticsGradient<T> gradient(p, row, true, bad);
+    const LogitMap<acc> map(options, row);
+    const acc by_scale = write_column_gradient(x, p.logits_strides.classes, grad, p.grad_strides.classes,
+                                               p.extent.classes, map, gradient);
+    if (p.grad_logit_scale) static_cast<acc*>(p.grad_logit_scale)[row] = by_scale;
   }
 }
 

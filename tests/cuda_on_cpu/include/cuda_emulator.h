@@ -219,6 +219,8 @@ inline void __threadfence() {}
 inline void __threadfence_system() {}
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 
 template <typename T>
 T __ldg(const T* p) {
