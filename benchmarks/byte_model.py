@@ -46,7 +46,9 @@ def passes(case: Case, element_bytes: int, mode: str) -> list[Traffic]:
     targets = logits if case.probabilities else case.rows * INDEX_BYTES
     weights = case.classes * element_bytes if case.weight else 0
     match case.op:
-        case "cross_entropy":
+        case (
+            "cross_entropy" | "cross_entropy_with_options" | "softmax_statistics"
+        ):  # numbers of the rows are not counted
             inputs = logits + targets + weights
             forward, backward = Traffic(inputs, 0), Traffic(inputs, logits)
         case "nll_loss":  # the forward needs one element of each row, the backward none of them

@@ -135,7 +135,7 @@ def measure(
             continue
         try:
             bound = provider.bind(functions[case.op], inputs)
-            found = reference.errors(bound, modes)
+            found = {} if provider.is_yardstick else reference.errors(bound, modes)
             mine = {mode: call for mode in modes if (call := bound.of(mode)) is not None}
             if device.type == "cuda":
                 for mode, call in mine.items():
@@ -143,7 +143,7 @@ def measure(
         except Exception as reason:  # of whatever type, it says of this provider only that it cannot do this case
             report(provider, "failed", describe(reason))
             continue
-        if max(found.values()) > TOLERANCE[dtype]:
+        if found and max(found.values()) > TOLERANCE[dtype]:
             report(provider, "wrong", f"error above {TOLERANCE[dtype]:g}: " + _listed(found))
             continue
         errors[provider.name] = found

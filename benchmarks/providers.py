@@ -63,22 +63,85 @@ class Provider:
     ``load(device)`` returns a function for each op that it has, by the name in ``Case.op``; it raises, with the reason
     as the message, where the provider is not to be had. ``bind(function, inputs)`` makes the calls of one case; a
     provider outside torch brings its own. It and the calls may raise where they do not support the case: that is
-    reported.
+    reported. ``is_yardstick``: it computes something else, for comparison, and its values are not checked.
     """
 
     name: str
     load: Callable[[torch.device], Mapping[str, Function]]
     bind: Callable[[Function, Inputs], Calls] = bind
+    is_yardstick: bool = False
+
+
+def _policy_loss(log_prob: Tensor, logsumexp: Tensor, entropy: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    """Of all statistics of the softmax one number."""
+    loss = 1e-4 * logsumexp.square() - log_prob - 0.01 * entropy
+    return loss.mean() - 1e-3 * (prediction == target).float().mean()
 
 
 def _nllx(device: torch.device) -> Mapping[str, Function]:
     from nllx import functional
 
-    return {op: getattr(functional, op) for op in OPS}
+    def statistics(logits: Tensor, target: Tensor) -> Tensor:
+        return _policy_loss(*functional.softmax_statistics(logits, target), target)
+
+    functions = {op: getattr(functional, op) for op in OPS if hasattr(F, op)}
+    return functions | {"softmax_statistics": statistics, "cross_entropy_with_options": functional.cross_entropy}
+
+
+def _plain(device: torch.device) -> Mapping[str, Function]:
+    """nllx's cross entropy in the place of what is made of the same rows."""
+    from nllx import functional
+
+    def cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return functional.cross_entropy(logits, target)
+
+    return {"softmax_statistics": cross_entropy, "cross_entropy_with_options": cross_entropy}
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _statistics_by_torch(logits: Tensor, target: Tensor) -> Tensor:
+    log_probs = F.log_softmax(_wide(logits), 1)
+    log_prob = log_probs.gather(1, target.unsqueeze(1)).squeeze(1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    return _policy_loss(log_prob, _wide(logits).logsumexp(1), entropy, logits.argmax(1), target)
+
+
+def _options_by_torch(
+    logits: Tensor,
+    target: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    divisor: float | None = None,
+) -> Tensor:
+    z = _wide(logits)
+    if isinstance(logit_scale, Tensor):
+        z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if temperature != 1.0:
+        z = z / temperature
+    if not z_loss and sample_weight is None and divisor is None:
+        return F.cross_entropy(z, target)
+    rows = F.cross_entropy(z, target, reduction="none")
+    if z_loss:
+        rows = rows + z_loss * z.logsumexp(1).square()
+    if sample_weight is not None:
+        return (rows * sample_weight).sum() / sample_weight.sum()
+    return rows.mean() if divisor is None else rows.sum() / divisor
 
 
 def torch_functions(device: torch.device) -> Mapping[str, Function]:
-    return {op: getattr(F, op) for op in OPS}
+    functions = {op: getattr(F, op) for op in OPS if hasattr(F, op)}
+    return functions | {
+        "softmax_statistics": _statistics_by_torch,
+        "cross_entropy_with_options": _options_by_torch,
+    }
 
 
 def _jax(device: torch.device) -> Mapping[str, Function]:
@@ -133,6 +196,7 @@ BASELINE = "nllx"  # the table's ratios are to this one
 
 PROVIDERS: list[Provider] = [
     Provider(BASELINE, _nllx, bind=bind_nllx),
+    Provider("nllx, cross_entropy alone", _plain, is_yardstick=True),
     Provider("torch", torch_functions),
     Provider("torch.compile", torch_functions, bind=bind_compiled),
     Provider("jax", _jax, bind=bind_jax),

@@ -43,7 +43,7 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("GB/s", 7, lambda row: f"{row['gb_per_s']:.3g}"),
     ("share", 6, lambda row: f"{100 * row['share']:.2g}%" if row["share"] < 1 else f"{row['share']:.0%}"),
     ("peak", 6, _peak),
-    ("error", 8, lambda row: f"{max(row['error'].values()):.1e}"),
+    ("error", 8, lambda row: f"{max(row['error'].values()):.1e}" if row["error"] else "-"),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Op = Literal["cross_entropy", "nll_loss", "log_softmax", "mse_loss"]
+Op = Literal["cross_entropy", "nll_loss", "log_softmax", "mse_loss", "softmax_statistics", "cross_entropy_with_options"]
 OPS: tuple[Op, ...] = get_args(Op)
 
 # What segmentation data sets (PASCAL VOC, Cityscapes, ADE20K) write where a pixel has no label.
@@ -21,7 +21,8 @@ class Case:
     """One timed problem. The class dimension is 1, the reduction is the mean.
 
     ``per_sample``: each row is a problem of its own, mapped over by ``torch.func.vmap``. ``ignored`` is the share of
-    targets equal to ``UNLABELLED``, which is then the ``ignore_index``. ``quick``: part of a quick run on a CPU. On a GPU
+    targets equal to ``UNLABELLED``, which is then the ``ignore_index``. ``option``: of ``cross_entropy_with_options``, the
+    name of the one that is given. ``quick``: part of a quick run on a CPU. On a GPU
     ``quick_dtypes`` are those of a quick run, which has ``torch.compile`` in the first of them if ``quick_compile``;
     ``launch_bound``: wall time counts, not the GPU's.
     """
@@ -36,6 +37,7 @@ class Case:
     label_smoothing: float = 0.0
     channels_last: bool = False
     per_sample: bool = False
+    option: str = ""
     quick: bool = False
     launch_bound: bool = False
     quick_dtypes: tuple[str, ...] = ()
@@ -65,6 +67,15 @@ def _planes(name: str, origin: str, shape: tuple[int, ...], quick: bool = False)
 
 def _per_sample(origin: str, shape: tuple[int, int]) -> Case:
     return Case(f"samples-{shape[0]}x{shape[1]}", f"loss and gradient of each sample, {origin}", shape, per_sample=True)
+
+
+def _with_option(option: str, origin: str) -> list[Case]:
+    shapes = [(2048, 32000), (65536, 1000)]
+    prefix = option.replace("_", "-")
+    return [
+        Case(f"{prefix}-{rows}x{classes}", origin, (rows, classes), op="cross_entropy_with_options", option=option)
+        for rows, classes in shapes
+    ]
 
 
 def _alone(op: Op, origin: str) -> list[Case]:
@@ -106,6 +117,14 @@ CASES: list[Case] = [
     Case("mse-4096x1000", "mse_loss alone, fits the caches of few CPUs", (4096, 1000), op="mse_loss"),
     Case("mse-16x3x1024x1024", "mse_loss alone, reconstructed images", (16, 3, 1024, 1024), op="mse_loss"),
     *_alone("log_softmax", "what a model's last layer computes where the loss is NLLLoss"),
+    Case("statistics-2048x32000", "log-prob, logsumexp, entropy, prediction", (2048, 32000), op="softmax_statistics"),
+    Case("statistics-65536x1000", "log-prob, logsumexp, entropy, prediction", (65536, 1000), op="softmax_statistics"),
+    *_with_option("softcap", "logits capped at 30, as Gemma 2 does"),
+    *_with_option("temperature", "logits divided by 0.7"),
+    *_with_option("logit_scale", "logits times a learnable scale, with its gradient"),
+    *_with_option("z_loss", "with a z-loss, as PaLM"),
+    *_with_option("sample_weight", "a weight for each row"),
+    *_with_option("divisor", "the mean over the rows of other micro-batches too"),
 ]
 
 
@@ -210,4 +229,17 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         options["weight"] = (torch.rand(case.classes, generator=generator, device=device) + 0.5).to(dtype)
     if case.label_smoothing:
         options["label_smoothing"] = case.label_smoothing
+    match case.option:
+        case "softcap":
+            options["softcap"] = 30.0
+        case "temperature":
+            options["temperature"] = 0.7
+        case "logit_scale":
+            options["logit_scale"] = torch.tensor(1.3, device=device, requires_grad=True)
+        case "z_loss":
+            options["z_loss"] = 1e-4
+        case "sample_weight":
+            options["sample_weight"] = torch.rand(target.shape, generator=generator, device=device)
+        case "divisor":
+            options["divisor"] = 4.0 * target.numel()
     return Inputs(logits, (target,), options, None, case.per_sample)
