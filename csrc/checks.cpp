@@ -216,8 +216,8 @@ void check_options(const char* op, const LossOptions& o, at::IntArrayRef row_siz
   if (input.scalar_type() == ScalarType::Double) return;
   for (const double value : {o.scale, o.sharpness, o.softcap, o.softcap * o.sharpness, o.z_loss}) {
     TORCH_CHECK_VALUE(std::fabs(value) <= std::numeric_limits<float>::max(), op,
-                      ": logit_scale, softcap, temperature and z_loss must be numbers of float32, which ", number(value),
-                      " is not, for logits of dtype ", input.scalar_type());
+                      ": logit_scale, softcap, temperature and z_loss must be numbers of float32, which ",
+                      number(value), " is not, for logits of dtype ", input.scalar_type());
   }
 }
 

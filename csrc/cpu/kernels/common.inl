@@ -14,11 +14,11 @@ constexpr acc kLowest = -static_cast<acc>(__builtin_inf());
 
 // How the classes other than an index target's enter the loss.
 enum class Terms {
-  kNone,          // not at all
-  kUniform,       // a_c = ε / C: label smoothing of an index target
-  kWeighted,      // a_c = w_c ε / C: the same with weights
-  kAnySmoothing,  // a_c = w_c ε / C, with weights or without: in place of the two above where the logits are mapped,
-                  // for fewer instances
+  kNone,           // not at all
+  kUniform,        // a_c = ε / C: label smoothing of an index target
+  kWeighted,       // a_c = w_c ε / C: the same with weights
+  kAnySmoothing,   // a_c = w_c ε / C, with weights or without: in place of the two above where the logits are mapped,
+                   // for fewer instances
   kProbabilities,  // a_c = w_c ((1 - ε) p_c + ε / C)
   kMoment          // a_c = exp(x_c - max), which refers to the maximum too: Σ a (x - max) is the sum's first moment
 };
