@@ -99,6 +99,7 @@ class CrossEntropyBackward(ctypes.Structure):
         ("grad_strides", Strides),
         ("options", ctypes.POINTER(RowOptions)),
         ("grad_logit_scale", c_void_p),
+        ("scale_gradient", c_bool),
     ]
 
 
@@ -133,6 +134,7 @@ class SoftmaxStatisticsBackward(ctypes.Structure):
         ("grad_strides", Strides),
         ("options", ctypes.POINTER(RowOptions)),
         ("grad_logit_scale", c_void_p),
+        ("scale_gradient", c_bool),
     ]
 
 
