@@ -320,8 +320,8 @@ def cross_entropy_value_and_grad(
     backward from the logits: ``logits.backward(grad)``.
 
     Args:
-        logits, target, weight, ignore_index, label_smoothing, zero_division, logit_scale, softcap, temperature, z_loss,
-            sample_weight, divisor: As in :func:`cross_entropy`. Only the logits may require grad.
+        logits, target, weight, ignore_index, label_smoothing, zero_division: As in :func:`cross_entropy`.
+        logit_scale, softcap, temperature, z_loss, sample_weight, divisor: As in :func:`cross_entropy`; none may require grad.
         reduction: ``"mean"`` or ``"sum"``.
         out: Where the gradient goes: a tensor of the shape, dtype and device of ``logits``, which may be ``logits``
             themselves (their values are then lost; autograd sees it as an in-place change), but neither a part of them nor
