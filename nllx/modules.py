@@ -83,6 +83,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     temperature: float = ONE
     z_loss: float = ZERO
     divisor: float | None = None
+    _has_row_options: bool = False  # to look up one attribute and not five, which takes as long as a small loss
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ROW_OPTIONS:
+            self._has_row_options = True
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -127,6 +133,18 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         logit_scale: float | Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
+        given = sample_weight is not None or divisor is not None or logit_scale is not None or temperature is not None
+        if not given and not self._has_row_options:
+            return F.cross_entropy(
+                input,
+                target,
+                weight=self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+                inplace_backward=self.inplace_backward,
+                zero_division=self.zero_division,
+            )
         return F.cross_entropy(
             input,
             target,

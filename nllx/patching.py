@@ -425,7 +425,7 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
             raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no {own[0]}")
     for name, child in found:
         child.__class__ = originals[type(child)]
-        for option in ("inplace_backward", "zero_division"):
+        for option in ("inplace_backward", "zero_division", "_has_row_options"):
             vars(child).pop(option, None)
         if verbose:
             print(f"nllx.revert: {name}: {child}")

@@ -242,6 +242,7 @@ class BackwardNode final : public torch::autograd::Node {
   void save(const std::array<const at::Tensor*, D::kSaved>& tensors) {
     for (size_t i = 0; i < D::kSaved; ++i) {
       constexpr auto sources = D::kSources;
+      if (!tensors[i]->defined()) continue;  // as they begin
       saved_[i] = SavedTensor(*tensors[i], sources[i].is_output, !sources[i].is_result && sources[i].is_read);
     }
   }
