@@ -419,9 +419,7 @@ def revert(module: _Module, *, verbose: bool = True) -> _Module:
     all_of_nllx = [(name or "the module itself", m) for name, m in module.named_modules() if type(m) in originals]
     found = [(name, child) for name, child in all_of_nllx if "forward" not in vars(child)]
     for name, child in found:
-        if getattr(child, "zero_division", None) == 0:
-            raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no zero_division=0")
-        if own := modules.row_options_in(child):
+        if own := modules.options_beyond_torch(child):
             raise ValueError(f"nllx.revert: {name}: {child}: torch's losses have no {own[0]}")
     for name, child in found:
         child.__class__ = originals[type(child)]

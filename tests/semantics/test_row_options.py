@@ -1455,7 +1455,7 @@ def test_the_options_are_keywords() -> None:
         nllx.CrossEntropyLoss()(x, target, torch.ones(4))
 
 
-# ---- what reviews found ----
+# ---- ends of the range, bits, and the rest of nllx beside the options ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
